@@ -67,10 +67,10 @@ def test_learned_positions_are_sent_once_whatever_the_rows() -> None:
     assert found.sent
 
 
-@pytest.mark.parametrize("plan", ["tp", "fsdp"])
-def test_no_formula_is_claimed_of_a_block_that_runs_more_than_once(plan: str) -> None:
+@pytest.mark.parametrize("plan", ["tp", "fsdp", "ddp"])
+def test_no_formula_is_claimed_of_a_block_that_sends_each_time_it_runs(plan: str) -> None:
     found = counted_step(2, *model(Recurrent), f"parallel={plan}")
-    assert found.expected.sent is None
+    assert found.expected.sent == (found.sent if plan == "ddp" else None)
     assert found.sent
 
 
@@ -142,6 +142,9 @@ def test_what_a_style_of_ones_own_may_send_is_counted() -> None:
         x, part, whole = torch.zeros(8), torch.zeros(2), torch.zeros(32)
         with ledger, ledger.phase("forward"):
             dist.all_to_all([part.clone() for _ in range(4)], list(x.chunk(4)), group=group)
+            dist.all_to_all_single(x.clone(), x, group=group)
+            dist.all_gather([part.clone() for _ in range(4)], part, group=group)
+            dist.reduce_scatter(part, list(x.chunk(4)), group=group)
             for send in (
                 lambda: dist.all_reduce(x, group=group),
                 lambda: dist.all_gather_into_tensor(whole, x, group=group),
@@ -157,7 +160,7 @@ def test_what_a_style_of_ones_own_may_send_is_counted() -> None:
             dist.scatter(part, list(x.chunk(4)), src=0, group=group)
             dist.broadcast(x, src=0, group=group)
     assert [(e.axis, e.collective, e.tensor_bytes) for e in ledger.events] == [
-        ("tp", "all_to_all", 8 * 4),
+        *(("tp", name, 8 * 4) for name in ("all_to_all", "all_to_all", "all_gather", "reduce_scatter")),
         ("tp", "all_reduce", 2 * 8 * 4),
         ("tp", "all_gather", 2 * 32 * 4),
         ("tp", "reduce_scatter", 2 * 8 * 4),
@@ -165,6 +168,29 @@ def test_what_a_style_of_ones_own_may_send_is_counted() -> None:
     ]
     sent = {entry.collective: entry.sent_bytes for entry in entries_of(ledger.events)}
     assert (sent["send"], sent["reduce"], sent["gather"], sent["scatter"]) == (32, 24, 24, 24)
+
+
+def test_collectives_as_compiled_code_issues_them_are_counted() -> None:
+    """In place, into a buffer, several at once."""
+    with process_group(FAKE, World(size=4, local_size=4)):
+        mesh = build_mesh(MeshSizes(tp=4), "cpu")
+        group, ledger = mesh.get_group("tp").group_name, CommunicationLedger(mesh)
+        ops, x, whole = torch.ops._c10d_functional, torch.zeros(8), torch.zeros(32)
+        with ledger, ledger.phase("forward"):
+            issued = [
+                ops.all_reduce_(x, "sum", group),
+                *ops.all_reduce_coalesced_([x, x.clone()], "sum", group),
+                ops.all_gather_into_tensor_out(x, 4, group, out=whole),
+                *ops.reduce_scatter_tensor_coalesced([x, x], "sum", 4, group),
+            ]
+        for tensor in issued:
+            ops.wait_tensor(tensor)
+    assert [(e.axis, e.issuer, e.collective, e.tensor_bytes) for e in ledger.events] == [
+        ("tp", "dtensor", "all_reduce", 8 * 4),
+        ("tp", "dtensor", "all_reduce", 2 * 8 * 4),
+        ("tp", "dtensor", "all_gather", 32 * 4),
+        ("tp", "dtensor", "reduce_scatter", 2 * 8 * 4),
+    ]
 
 
 def test_async_tensor_parallelism_is_counted_in_its_fused_matmuls() -> None:

@@ -72,6 +72,11 @@ def test_the_plan_names_the_layers() -> None:
         wide = {"attention.wq", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"}
         assert kinds == wide | ({"attention.wk", "attention.wv"} if kv else set())
         assert "matmuls in float8: layers.{0-1}.attention.wq, " in plan_text(job.model, job.plan)
+    in_blocks = preflight(
+        float8("tensorwise", "parallel=none", "model.blocks=[layers.1]"), World()
+    ).plan.float8
+    assert len(in_blocks) == 7
+    assert all(name.startswith("layers.1.") for name in in_blocks)
 
 
 def losses(world: World, cfg: Config) -> list[float]:

@@ -1,7 +1,8 @@
-"""The mesh and the sharded model as they are printed."""
+"""The mesh and the sharded model as they are printed, and the mesh of FSDP."""
 
 from __future__ import annotations
 
+import pytest
 from support.composed import config
 
 from tpresearch.config.axes import MeshSizes
@@ -11,7 +12,7 @@ from tpresearch.config.world import World
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.device import FAKE
 from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
+from tpresearch.parallel.mesh import build_mesh, data_mesh
 from tpresearch.plan.describe import describe_mesh, describe_model
 from tpresearch.train.preflight import plan_model
 from tpresearch.verify.ranks import Ranks
@@ -23,6 +24,23 @@ def test_the_printed_mesh_has_the_axes_of_the_command_line() -> None:
     assert describe_mesh(MeshSizes(tp=4), "cpu") == "DeviceMesh('cpu', [0, 1, 2, 3], mesh_dim_names=('tp',))"
     three = describe_mesh(MeshSizes(dp_replicate=2, dp_shard=2, tp=2), "cpu")
     assert "[[[0, 1], [2, 3]], [[4, 5], [6, 7]]]" in three
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axes"),
+    [
+        (MeshSizes(dp_shard=2, tp=2), ("dp_shard",)),
+        (MeshSizes(tp=4), ("dp_shard",)),
+        (MeshSizes(dp_replicate=4), ("dp_replicate", "dp_shard")),
+        (MeshSizes(dp_replicate=2, dp_shard=2), ("dp_replicate", "dp_shard")),
+    ],
+    ids=str,
+)
+def test_state_is_sharded_along_one_axis_and_replicated_along_another(
+    sizes: MeshSizes, axes: tuple[str, ...]
+) -> None:
+    with process_group(FAKE, World(size=4, local_size=4)):
+        assert data_mesh(build_mesh(sizes, "cpu")).mesh_dim_names == axes
 
 
 def described(world: World, cfg: Config, size: int) -> str:

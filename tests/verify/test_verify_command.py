@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_errors_that_are_not_finite_are_null_in_the_record(
     record = json.loads((tmp_path / "verify.json").read_text(), parse_constant=refuse)
     (result,) = record["results"]
     assert (record["passed"], result["worst"]["loss"]["error"]) == (False, None)
+    assert not dataclasses.replace(lost, out=[]).passed
     (exact,) = result["integers"]
     assert (exact["output"], exact["input_gradient"], exact["weight_gradient"]) == (None, 0.0, None)
 

@@ -35,7 +35,7 @@ def _clear_cache_of_other_meshes(mesh: DeviceMesh) -> None:
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The mesh for `fully_shard`: the axes that split rows, without replicating axes of size 1."""
     used = [a.name for a in AXES if a.splits_rows and (a.shards_state or axis_size(mesh, a.name) > 1)]
-    return mesh[tuple(used)] if len(used) > 1 else mesh[used[0]]
+    return mesh[tuple(used)]
 
 
 def data_rank(mesh: DeviceMesh) -> int:
