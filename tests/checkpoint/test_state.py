@@ -122,8 +122,12 @@ def test_a_disk_needs_room_for_what_is_kept_and_one_more_or_for_all_that_comes(
     check_disk(job, Run(tmp_path, World()), found)
     room -= 1
     said = f" free, and {f'{wanted} checkpoints take' if wanted > 1 else 'a checkpoint takes'} "
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=said) as refused:
         check_disk(job, Run(tmp_path, World()), found)
+    if keep := refused.value.fix.get("checkpoint.keep"):
+        job.cfg.checkpoint.keep = int(str(keep))
+        check_disk(job, Run(tmp_path, World()), found)
+    assert bool(keep) == (wanted > 2), "one that is kept, and one that is being written"
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,9 @@ def check_disk(job: Preflight, run: Run, found: Sequence[Checkpoint]) -> None:
         many = f"{wanted} checkpoints take" if wanted > 1 else "a checkpoint takes"
         why = f"its disk has {bytes_text(free)} free, and {many} {bytes_text(wanted * each)}"
         legal = "a folder on a larger disk, or a smaller checkpoint.keep"
-        raise ConfigError("hydra.run.dir", run.folder, why, legal)
+        keep = free // each + len(found) - 1
+        fix = {"checkpoint.keep": keep} if free >= each and keep else None
+        raise ConfigError("hydra.run.dir", run.folder, why, legal, fix)
 
 
 def checkpoint_bytes(job: Preflight) -> int:
