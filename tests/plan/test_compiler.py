@@ -66,6 +66,11 @@ def test_overlapping_rules_are_refused_and_both_named() -> None:
         ("model.plans.sp.qkv.dst=logits", "model.plans.sp.qkv.dst", "replicate, or shard:N"),
         ("+model.plans.sp.out._target_=nowhere.Mine", "model.plans.sp.out._target_", "class"),
         ("+model.plans.sp.out._target_=torch.nn.Linear", "model.plans.sp.out._target_", "ParallelStyle"),
+        (
+            "+model.plans.sp.out._target_=torch.distributed.tensor.parallel.RowwiseParallel +model.plans.sp.out.dim=1",
+            "model.plans.sp.out._target_",
+            "arguments",
+        ),
         ("+model.plans.sp.out.stile=rowwise", "model.plans.sp.out.stile", "style"),
         ("model.blocks=[layer.*]", "model.blocks", "layers"),
         ("model.dim=60", "model", "settings"),

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._pytree import tree_map_only
 
 from tpresearch.config.axes import LAYER_AXES
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, one_line
 from tpresearch.config.mesh import SEQUENCE_DIM
 from tpresearch.config.model import Rule
 from tpresearch.config.near_names import nearest
@@ -155,15 +155,24 @@ def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Resol
     """Resolve a rule's style and layouts.
 
     Raises:
-        ConfigError: for an unknown style, layout or import path, or a rule that lacks what its style needs.
+        ConfigError: for an unknown style, layout or import path, arguments that a style of one's own does not take, or a rule that lacks
+            what its style needs.
     """
     where = f"model.plans.{plan}.{name}"
     if rule.axis not in LAYER_AXES:
         legal = "one of " + ", ".join(LAYER_AXES)
         raise ConfigError(f"{where}.axis", rule.axis, "not an axis that rules act on", legal)
     if rule.target:
-        imported_class(f"{where}._target_", rule.target, ParallelStyle)
-        return ResolvedRule(name, where, rule, (), (), False)
+        kind = imported_class(f"{where}._target_", rule.target, ParallelStyle)
+        own = ResolvedRule(name, where, rule, (), (), False)
+        try:
+            own.style()
+        except Exception as error:  # it is user code, which may raise anything
+            why = f"{kind.__name__} refuses the rule's other keys: {one_line(error.__cause__ or error)}"
+            fix = {f"{where}.{key}": None for key in rule.args}
+            legal = "keys that are its arguments"
+            raise ConfigError(f"{where}._target_", rule.target, why, legal, fix) from error
+        return own
     if rule.style not in STYLES:
         why, legal = "no such style", "one of " + ", ".join(nearest(str(rule.style), STYLES))
         raise ConfigError(f"{where}.style", rule.style, why, legal)
