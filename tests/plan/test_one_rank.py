@@ -152,6 +152,7 @@ ALONG: dict[str, Callable[[Tensor, int], Tensor]] = {
     "a share of each": lambda x, d: x * torch.zeros_like(x).softmax(d),
     "beside slices of ones": lambda x, d: x + torch.cat([torch.ones_like(x)] * 2, d).narrow(d, 0, x.shape[d]),
     "sorted along the last dim": lambda x, d: x.sort()[0] if d == 2 else x.mT.sort()[0].mT,
+    "channels shuffled": lambda x, d: F.channel_shuffle(x.movedim(d, 1), 2).movedim(1, d),
     "filled in turn": lambda x, d: x.masked_scatter(x > 0.5, 2 * x),
     "of a norm at most": lambda x, d: x.renorm(2, 0, 0.5),
     "a triangle in place": lambda x, d: (2 * x).tril_(),

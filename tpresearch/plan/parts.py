@@ -38,7 +38,7 @@ UNIFORM = {
 OF_ELEMENTS = {"_to_copy", "native_dropout", "copy", "expand", "repeat", "stack", *RESHAPES, *TRANSPOSES}
 """Ops besides the pointwise ones that work along no dim of their inputs. Here and below, those in place are named without their _."""
 
-OF_ALL_DIMS = {"masked_scatter", "renorm", "put", "take", "as_strided", "fill_diagonal"}
+OF_ALL_DIMS = {"masked_scatter", "renorm", "put", "take", "as_strided", "fill_diagonal", "channel_shuffle"}
 OF_LAST_DIMS = {"tril", "triu"}
 DIM_NAMES = {"dim", "dims", "dimension", "axis", "dim1", "dim2"}
 
