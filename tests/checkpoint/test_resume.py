@@ -305,6 +305,29 @@ def test_config_files_of_ones_own_are_found_from_another_folder(
     assert overrides_of_run(run)[0] == "hydra.searchpath=['file:///there/own','file:///a','pkg://b']"
 
 
+def test_files_are_those_that_its_folder_has(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = run.parent / "o,ther"
+    (there / "texts").mkdir(parents=True)
+    (there / "texts" / "a.txt").touch()
+    record = run / ".hydra" / "hydra.yaml"
+    record.write_text(record.read_text().replace("cwd: /there", f"cwd: {there}"))
+    words = [
+        "data.path=texts/*.txt",
+        "tokenizer.path=owner/name",
+        "init_from=null",
+        "data.cache_dir='~/texts'",
+    ]
+    words += ["data.text_field=texts"]
+    (run / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(words))
+    monkeypatch.chdir(run.parent)
+    assert overrides_of_run(run)[1:] == [f"data.path='{there}/texts/*.txt'", *words[1:]]
+    words[0] = "data.path=[texts/a.txt,b.txt]"
+    (run / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(words))
+    assert overrides_of_run(run)[1] == f"data.path=['{there}/texts/a.txt',b.txt]"
+    monkeypatch.chdir(there)
+    assert overrides_of_run(run)[1:] == words
+
+
 @pytest.mark.parametrize("name", ["it's [1] of a=b, #2: \\x", "2026"])
 def test_a_run_resumes_whatever_its_folder_is_called(
     run: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
 from argparse import Namespace
@@ -16,6 +17,7 @@ from hydra.errors import HydraException
 
 from tpresearch.checkpoint.disk import step_folders
 from tpresearch.checkpoint.resume import AUTO, NEVER, check_started, find_checkpoint, run_of
+from tpresearch.config.compose import FOLDERS, PATHS
 from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.launch.command import is_within, override, override_key, values_by_key
 from tpresearch.launch.composition import FILE
@@ -93,7 +95,22 @@ def overrides_of_run(run: Path) -> list[str]:
     start = _last_start(run)
     searches = (word for word in start.hydra_overrides if override_key(word) == "hydra.searchpath")
     searched = [_found_from(start.folder, word) for word in searches]
-    return [word for word in [*searched, *start.overrides] if override_key(word) != "resume"]
+    typed = [word for word in start.overrides if override_key(word) != "resume"]
+    if start.folder != Path.cwd():
+        typed = [_seen_from(start.folder, w) if override_key(w) in (*PATHS, *FOLDERS) else w for w in typed]
+    return [*searched, *typed]
+
+
+def _seen_from(folder: Path, word: str) -> str:
+    """An override of a path, or of several, with those that another folder has."""
+
+    def seen(path: object) -> object:
+        there = str(folder / os.path.expanduser(str(path)))
+        return there if glob.glob(there, recursive=True) or os.path.exists(there) else path
+
+    given = OverridesParser.create().parse_override(word).value()
+    found = [seen(each) for each in given] if isinstance(given, list) else seen(given)
+    return word if found == given else override(override_key(word), found)
 
 
 def _found_from(folder: Path, searchpath: str) -> str:
