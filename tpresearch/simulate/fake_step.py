@@ -43,6 +43,9 @@ from tpresearch.train.shapes import refusing_shapes
 from tpresearch.train.state import TrainState
 from tpresearch.train.step import Setup, train_step
 
+NUMPY = ".numpy()"
+"""How torch's error of that method on a fake tensor begins; it has no class of its own."""
+
 
 class RecordingObserver(Observer):
     """Runs one step under a recorder and the memory ledger."""
@@ -75,15 +78,18 @@ def record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call] = frozense
     """
     try:
         return _record(cfg, sizes, recomputed)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        op = getattr(error, "func", error)
-        why = f"{op} depends on the values of data, and a simulated step has none"
-        legal = "a forward whose ops follow from shapes alone, without .item(), nonzero or a branch on values"
-        raise WrongModel(cfg.model.name, why, legal) from error
     except UnsupportedFakeTensorException as error:
         raise WrongModel(
             cfg.model.name, f"it cannot run on shapes alone: {error}", "ops with a meta kernel"
         ) from error
+    except RuntimeError as error:
+        is_numpy = str(error).startswith(NUMPY)
+        if not (is_numpy or isinstance(error, DataDependentOutputException | DynamicOutputShapeException)):
+            raise
+        op = NUMPY if is_numpy else getattr(error, "func", error)
+        why = f"{op} depends on the values of data, and a simulated step has none"
+        legal = "a forward whose ops follow from shapes alone, without .item(), nonzero or a branch on values"
+        raise WrongModel(cfg.model.name, why, legal) from error
 
 
 def _record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call]) -> Trace:
