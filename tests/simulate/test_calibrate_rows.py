@@ -106,6 +106,8 @@ def test_what_is_printed_was_measured(
         '{"us": 5, "op": "copy"}',
         '{"us": true, "op": "copy", "shape": [1], "flops": 0, "bytes": 1}',
         '{"card": "NVIDIA H100 80GB HBM3", "memory_bytes": "80 GB"}',
+        '{"card": 3}\n{"us": 5, "op": "copy", "shape": [1], "flops": 0, "bytes": 1e6}',
+        '{"op": "all_gather in a host", "shape": [4096], "us": 1.0, "flops": 0.0, "bytes": 1e9}',
         '{"stage": "facts"}',
         '{"us": 5, "op": "attention forward", "shape": [1], "flops": 1, "bytes": 0}',
     ],

@@ -121,7 +121,7 @@ def _cluster_of_run(folder: Path, base: str | None, name: str) -> dict[str, Any]
 
 def _cluster_of_rows(path: Path, base: str | None, name: str) -> dict[str, Any]:
     rows = read_rows(path)
-    card: Row = next((row for row in rows if "card" in row), {})
+    card: Row = next((row for row in rows if row.get("card")), {})
     return cluster_from_rows(
         rows, _base_cluster(base, card.get("card", ""), card.get("memory_bytes", 0)), name
     )

@@ -29,6 +29,7 @@ CALIBRATED = "tpresearch.calibrate on"
 """How the source of a number begins that is measured, other than one of the base."""
 LEGAL = "a JSON object per line, with op, shape, us, flops and bytes"
 MEASURED = {"op": str, "shape": list[int], "us": float, "flops": float, "bytes": float}
+OF_A_CARD = {"card": str | None, "memory_bytes": float | None}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -48,15 +49,15 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _is_row(row: object) -> bool:
-    """Whether it is a measured op; or a line that measures none, in which a card's memory is a number."""
+    """Whether it is a measured op, of a collective with its ranks; or a line that measures none, which may be that of a card."""
     if not isinstance(row, dict):
         return False
     try:
-        for key, kind in (MEASURED if "us" in row else {"memory_bytes": float | None}).items():
+        for key, kind in (MEASURED if "us" in row else OF_A_CARD).items():
             check_value(key, row.get(key), kind)
     except ConfigError:
         return False
-    return True
+    return "us" not in row or len(row["shape"]) == 2 or not row["op"].endswith((IN_A_HOST, ACROSS_HOSTS))
 
 
 def cluster_from_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def cluster_from_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -
     """
     rows = list(rows)
     timed = [row for row in rows if "us" in row and row["us"] > 0]
-    card = next((row for row in rows if "card" in row), {})
+    card = next((row for row in rows if row.get("card")), {})
     per_host = next((row["shape"][1] for row in timed if row["op"].endswith(IN_A_HOST)), None)
     hosts = {"devices_per_host": per_host, "devices_per_node": None} if per_host else {}
     # A tray's links are those of its rack, on which the other trays are too.
