@@ -153,6 +153,16 @@ ALONG: dict[str, Callable[[Tensor, int], Tensor]] = {
     "beside slices of ones": lambda x, d: x + torch.cat([torch.ones_like(x)] * 2, d).narrow(d, 0, x.shape[d]),
     "sorted along the last dim": lambda x, d: x.sort()[0] if d == 2 else x.mT.sort()[0].mT,
     "channels shuffled": lambda x, d: F.channel_shuffle(x.movedim(d, 1), 2).movedim(1, d),
+    "by a row at its size": lambda x, d: x * torch.linspace(0, 1, 64, dtype=x.dtype)[x.shape[d]],
+    "by a slice at its size": lambda x, d: (
+        x * torch.linspace(0, 1, 64, dtype=x.dtype).narrow(0, x.shape[d], 1)
+    ),
+    "by the smallest but for its size": lambda x, d: (
+        x * torch.linspace(0, 1, 64, dtype=x.dtype).kthvalue(x.shape[d])[0]
+    ),
+    "by what is padded to its size": lambda x, d: (
+        x * (F.pad(torch.ones(4), (x.shape[d], 16 - x.shape[d])) * torch.linspace(0, 1, 20)).sum()
+    ),
     "filled in turn": lambda x, d: x.masked_scatter(x > 0.5, 2 * x),
     "of a norm at most": lambda x, d: x.renorm(2, 0, 0.5),
     "a triangle in place": lambda x, d: (2 * x).tril_(),

@@ -5,7 +5,7 @@ it than one process on all of it.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -66,6 +66,9 @@ class Follower:
             return
         self._check_numbers(whole, own)
         held = {x: self.parts[x] for x in inputs if x in self.parts and own.name not in UNIFORM}
+        along = any(part.dim in dims_along(op, args, kwargs, x) for x, part in held.items())
+        if own.start != whole.start and not along:
+            self._refuse_number(own.name)
         runs = {x: self._run_after(x, part, op, args, kwargs, whole, own) for x, part in held.items()}
         if len(own.outputs) != len(whole.outputs):
             raise AnotherWay
@@ -91,8 +94,11 @@ class Follower:
 
     def _check_numbers(self, whole: Call, own: Call) -> None:
         if own.numbers != whole.numbers:
-            what = "takes a number that follows from a size, and is another one on a rank's shard"
-            self._refuse.other(*self._at(own.name), what)
+            self._refuse_number(own.name)
+
+    def _refuse_number(self, name: str) -> NoReturn:
+        what = "takes a number that follows from a size, and is another one on a rank's shard"
+        self._refuse.other(*self._at(name), what)
 
     def _at(self, name: str) -> tuple[str, str]:
         """An op's name for people, and the module that calls it."""

@@ -23,7 +23,7 @@ from tpresearch.plan.rules import ResolvedRule
 
 FROM_NUMBERS = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, Tensor.new_tensor}
 """Functions that make a tensor of Python's or NumPy's numbers, of which the meta device keeps none."""
-SHIFTS = {"shifts", "diagonal"}
+PLACES = {"shifts", "diagonal", "index", "k", "pad", "padding"}
 """Arguments that are whole numbers, and neither sizes nor dims."""
 NUMBERS = (bool, int, float, np.ndarray, np.generic)
 
@@ -58,7 +58,7 @@ def _is_number(op: str, argument: Any) -> bool:
     """Whether a whole number as this argument is neither a size nor a dim; the end of `arange` is its output's size."""
     if (op, argument.name) == ("arange", "end"):
         return False
-    return isinstance(argument.type, torch.NumberType) or argument.name in SHIFTS
+    return isinstance(argument.type, torch.NumberType) or argument.name in PLACES
 
 
 def tensors(values: object) -> list[Tensor]:
