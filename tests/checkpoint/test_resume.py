@@ -205,6 +205,8 @@ def test_a_folder_without_permission_is_refused_in_one_line() -> None:
         closed.chmod(0)
         with as_nobody(), pytest.raises(ConfigError, match="Permission denied") as refused:
             find_checkpoint(Path(run))
+        with as_nobody(), pytest.raises(ConfigError, match=f"{closed}: Permission denied"):
+            repeat_command_of_run(parsed(f"resume={folder_of(Path(run), 3)}"))
         closed.chmod(0o755)
     assert str(closed) in str(refused.value)
 

@@ -15,7 +15,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from tpresearch.checkpoint.disk import step_folders
+from tpresearch.checkpoint.disk import STEP_FOLDER, step_folders
 from tpresearch.checkpoint.resume import AUTO, NEVER, check_started, find_checkpoint, run_of
 from tpresearch.config.compose import FOLDERS, PATHS
 from tpresearch.config.errors import ConfigError, first_line
@@ -40,10 +40,10 @@ def repeat_command_of_run(arguments: Namespace) -> Path | None:
         why = "the jobs of a sweep have folders of their own"
         legal = "init_from, for new runs from its weights"
         raise ConfigError("resume", named, why, legal, fix={"resume": None, "init_from": named})
-    run = run_of(Path(named))
+    run, path = run_of(Path(named)), Path(named)
     # One that is gone may be of a job that torchrun has restarted since, which is known once ranks have agreed on the folder.
-    if os.path.lexists(os.path.expanduser(named)) or not step_folders(run):
-        check_started(find_checkpoint(Path(named), "resume"))
+    is_gone = STEP_FOLDER.fullmatch(path.name) and not os.path.lexists(os.path.expanduser(path))
+    check_started(find_checkpoint(run if is_gone else path, "resume"))
     asked = typed.get("hydra.run.dir")
     if asked is not None and Path(os.path.expanduser(_unquoted(asked))).resolve() != run:
         why = f"resume={named} continues in that run's own folder"
