@@ -163,6 +163,11 @@ ALONG: dict[str, Callable[[Tensor, int], Tensor]] = {
     "by what is padded to its size": lambda x, d: (
         x * (F.pad(torch.ones(4), (x.shape[d], 16 - x.shape[d])) * torch.linspace(0, 1, 20)).sum()
     ),
+    "sorted along the other dim": lambda x, d: x.sort(stable=True, dim=3 - d)[0],
+    "convolved": lambda x, d: F.conv1d(
+        x.movedim(d, -1), torch.ones(x.shape[3 - d], 1, 3, dtype=x.dtype), padding=1, groups=x.shape[3 - d]
+    ).movedim(-1, d),
+    "joined with ones": lambda x, d: torch.cat([x, torch.ones_like(x)], d).unflatten(d, (2, -1)).sum(d),
     "filled in turn": lambda x, d: x.masked_scatter(x > 0.5, 2 * x),
     "of a norm at most": lambda x, d: x.renorm(2, 0, 0.5),
     "a triangle in place": lambda x, d: (2 * x).tril_(),

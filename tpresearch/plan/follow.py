@@ -122,11 +122,7 @@ class Follower:
         """The run of an op's outputs for one of its inputs; refuses an op that works along the dim that is divided."""
         if part.dim not in dims_along(op, args, kwargs, x):
             return part.run
-        if own.name == "cat":
-            each = [self.parts.get(one) for one in args[0]]
-            if all(one and (one.dim, one.run) == (part.dim, part.run) for one in each):
-                return part.run
-        elif own.name in SLICES:
+        if own.name in SLICES:
             if part.run is None:
                 return None
             whole_sizes, own_sizes = ([shape[part.dim] for shape in call.outputs] for call in (whole, own))

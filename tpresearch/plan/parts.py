@@ -35,7 +35,8 @@ UNIFORM = {
 }
 """Ops whose elements are alike, in whatever number."""
 
-OF_ELEMENTS = {"_to_copy", "native_dropout", "copy", "expand", "repeat", "stack", *RESHAPES, *TRANSPOSES}
+OF_ELEMENTS = {"_to_copy", "native_dropout", "copy", "expand", "repeat", "stack", "cat"}
+OF_ELEMENTS |= RESHAPES | TRANSPOSES
 """Ops besides the pointwise ones that work along no dim of their inputs. Here and below, those in place are named without their _."""
 
 OF_ALL_DIMS = {"masked_scatter", "renorm", "put", "take", "as_strided", "fill_diagonal", "channel_shuffle"}
