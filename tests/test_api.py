@@ -11,7 +11,7 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -107,6 +107,20 @@ def test_what_resumes_a_run_on_the_command_line_is_refused() -> None:
 def test_overrides_in_a_list_are_refused_in_one_sentence(given: Any) -> None:
     with pytest.raises(TypeError, match=r"each override is a string of its own, as in load\(\"model=llama"):
         tpresearch.load(given)
+
+
+def test_what_is_no_config_is_refused_in_one_sentence() -> None:
+    not_loaded: Any = "model=toy_mlp"
+    for takes in (tpresearch.compile_plan, tpresearch.build):
+        with pytest.raises(TypeError, match=r"^'model=toy_mlp': not a config, which load returns"):
+            takes(not_loaded)
+    cfg, other = (cast("Any", tpresearch.load("model=toy_mlp")) for _ in range(2))
+    cfg.model.plans["tp"]["output"] = {"match": "output", "style": "colwise"}
+    with pytest.raises(ConfigError, match=r"^model\.plans=.*: of the wrong type; .* a Rule$"):
+        tpresearch.compile_plan(cfg)
+    other.parallel = "tp"
+    with pytest.raises(ConfigError, match=r"^parallel=tp: of the wrong type; a ParallelConfig$"):
+        tpresearch.compile_plan(other)
 
 
 def test_a_plan_is_compiled_for_any_number_of_ranks_and_leaves_the_config_alone() -> None:

@@ -107,8 +107,11 @@ def compile_plan(cfg: Config, world_size: int | None = None) -> CompiledPlan:
 
 def _copy(cfg: Config, world_size: int | None, plan_only: bool) -> Config:
     """The config as it is now: the caller may change it for the next job."""
+    if not isinstance(cfg, Config):
+        raise TypeError(f"{cfg!r}: not a config, which load returns, as in {LOADED}")
     asked = cfg.world_size if world_size is None else world_size
-    return dataclasses.replace(copy.deepcopy(cfg), plan_only=plan_only, world_size=asked)
+    check_bounds(own := dataclasses.replace(copy.deepcopy(cfg), plan_only=plan_only, world_size=asked))
+    return own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,13 +176,10 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
     """Build the config's data, mesh, sharded model and optimizer: in one process, or on each rank that torchrun started.
 
     In one process, a plan for several ranks is for inspection only: what rank 0 would hold, on the meta device,
-    with mesh, placements and local shapes. Computing with it raises an error that names the torchrun command.
+    with mesh, placements and local shapes, and to compute with it is refused. `world_size` is as in `compile_plan`.
 
     The process group is joined once per process, unless there is one already, and left when the process ends, or when
     the next build is for other ranks: earlier jobs that communicate must then be built again.
-
-    Args:
-        world_size: as in `compile_plan`; above 1 the model is for inspection only.
 
     Raises:
         ConfigError: for whatever a run with this config would be refused for.
@@ -192,7 +192,7 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
     from tpresearch.train.same_job import check_same_job
 
     world = World.from_environment()
-    check_bounds(cfg := _copy(cfg, world_size, plan_only=False))
+    cfg = _copy(cfg, world_size, plan_only=False)
     alone = world.size == 1 and not world.elastic
     if alone and (ranks := world_size or ranks_needed(cfg, DEFAULT_PLAN_RANKS)) > 1:
         return _to_look_at(cfg, ranks)

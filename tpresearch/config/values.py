@@ -72,6 +72,8 @@ def describe_type(hint: Any) -> str:
         return f"a dict, each of its values {describe_type(inner[1])}"
     if _is_enum(kind):
         return "one of " + ", ".join(f"{kind.__name__}.{name}" for name in kind.__members__)
+    if dataclasses.is_dataclass(kind):
+        return f"a {kind.__name__}"
     return TYPE_NAMES.get(kind, "a value")
 
 
@@ -92,7 +94,8 @@ def _has_type(value: object, hint: Any) -> bool:
         )
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return isinstance(value, kind) if kind in TYPE_NAMES or _is_enum(kind) else True
+    is_checked = kind in TYPE_NAMES or _is_enum(kind) or dataclasses.is_dataclass(kind)
+    return isinstance(value, kind) if is_checked else True
 
 
 def imported_class(key: str, path: str, base: type[Base]) -> type[Base]:
