@@ -194,10 +194,11 @@ def _start(program: Program[Checked], world: World) -> None:
             config.hydra.run.dir = str(folder)
             if world.rank:  # one rank records it for all, and takes it back
                 config.hydra.output_subdir = None
-        with repeating_overrides(earlier), nullcontext() if world.rank else keeping_overrides(folder):
+        with repeating_overrides(earlier):
             if program.check_folder:
                 program.check_folder(job, folder, restarted)
-            hydra_app.run(app, config, name, lambda: _call_main(program, job, world, restarted))
+            with nullcontext() if world.rank else keeping_overrides(folder):
+                hydra_app.run(app, config, name, lambda: _call_main(program, job, world, restarted))
     return None
 
 
