@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tpresearch.config.world import World
 from tpresearch.launch.proposal import command_to_try
+from tpresearch.models.toy_mlp import ToyLM
 from tpresearch.plan.describe import plan_text
 from tpresearch.plan.probe import probe_model
 
@@ -148,6 +149,45 @@ def test_it_leaves_the_model_as_it_was() -> None:
     assert net.calls == 0
     assert not net._forward_pre_hooks
     assert not net.layer._forward_pre_hooks
+
+
+class Placed(ToyLM):
+    """Positions are looked up in a table of 12 rows."""
+
+    more = 0
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.places = nn.Embedding(12, dim)
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        length = tokens.shape[1]
+        places = self.changed(torch.arange(length + self.more, device=tokens.device)[:length])
+        return self.output(self.mlp(self.embed(tokens) + self.places(places[None].expand_as(tokens))))
+
+    def changed(self, places: Tensor) -> Tensor:
+        return places
+
+
+class Cut(Placed):
+    """From among more numbers than there are positions."""
+
+    more = 4
+
+
+class Clamped(Placed):
+    def changed(self, places: Tensor) -> Tensor:
+        return places.clamp_(max=11)
+
+
+def test_a_table_of_positions_is_as_long_as_rows() -> None:
+    for net, length in ((Placed, 12), (Cut, 12), (Clamped, 16)):
+        planned(*model(net), "parallel=none", f"data.seq_len={length}")
+    refused = refusal(*model(Placed), "parallel=none", "data.seq_len=16")
+    assert str(refused).startswith(
+        f"data.seq_len=16: model toy_mlp looks up position 15 in a table of 12 rows ({__file__}, line "
+    )
+    assert refused.fix == {"data.seq_len": 12}
 
 
 def test_what_it_draws_in_python_is_the_same_on_all_ranks_and_left_to_the_caller() -> None:

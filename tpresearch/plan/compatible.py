@@ -16,6 +16,14 @@ OTHER_KIND = re.compile(r"\b(long|int|int64|int32|token ids)\b", re.IGNORECASE)
 """Of errors of layers that are given token ids for numbers, or numbers for token ids."""
 
 
+class TableTooShort(IndexError):
+    """Of a lookup of numbers that count positions."""
+
+    def __init__(self, last: int, rows: int) -> None:
+        super().__init__(f"{last} is looked up in a table of {rows} rows")
+        self.last, self.rows = last, rows
+
+
 def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:
     """Refuse a cross-entropy without targets, or without a logit for each entry of the vocabulary: as the loss, and on held-out rows."""
     if not needs_logits(cfg):
@@ -40,6 +48,10 @@ def incompatible(inputs: Tensor, cfg: Config, error: Exception) -> ConfigError:
         return WrongModel(
             cfg.model.name, why, "forward(tokens) that returns logits: the loss is computed from these"
         )
+    if isinstance(error, TableTooShort) and error.last == cfg.data.seq_len - 1:
+        why = f"model {cfg.model.name} looks up position {error.last} in a table of {error.rows} rows ({place_of(error)})"
+        legal, fix = f"at most {error.rows}, or a longer table", {"data.seq_len": error.rows}
+        return ConfigError("data.seq_len", cfg.data.seq_len, why, legal, fix=fix)
     shapes = _format_shape(inputs.shape), "x".join(map(str, inputs.shape))
     of_width = any(shape in str(error) for shape in shapes)  # the first layer's, and no other's
     if not (of_width or OTHER_KIND.search(str(error))):

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from tpresearch.config.errors import WrongModel
 from tpresearch.config.schema import Config
-from tpresearch.plan.compatible import incompatible
+from tpresearch.plan.compatible import TableTooShort, incompatible
 from tpresearch.plan.meta import same_draws
 
 Shapes = tuple[torch.Size | None, ...]
@@ -130,6 +130,8 @@ class _ProbeMode(TorchDispatchMode):
         self._shapes: dict[str, tuple[Shapes, Shapes, int]] = {}
         self._views: list[tuple[str, Tensor, int]] = []
         """Outputs of modules, and how often each was changed in place before it was returned."""
+        self._last: dict[torch.UntypedStorage, int] = {}
+        """Of numbers that count, as positions do, the last."""
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
@@ -173,11 +175,28 @@ class _ProbeMode(TorchDispatchMode):
         reader = self.running[-1] if self.running else None
         if torch.Tag.nondeterministic_seeded in func.tags and reader is not None:
             self.draws.append((reader, ""))
-        if func is torch.ops.aten.embedding.default and args[1].is_floating_point():
-            raise TypeError("an embedding takes token ids")  # torch 2.11 asks for none on the meta device
+        if func is torch.ops.aten.embedding.default:
+            self._check_lookup(*args[:2])
         owners = {self._owners.get(id(tensor), reader) for tensor in tree_leaves((args, kwargs))}
         self._found.read_outside_forward.update(o for o in owners if o is not None and o != reader)
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        if func._schema.is_mutable:
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor):
+                    self._last.pop(tensor.untyped_storage(), None)
+        if func.overloadpacket is torch.ops.aten.arange and all(isinstance(arg, int) for arg in args):
+            self._last |= {output.untyped_storage(): number for number in range(*args)[-1:]}
+        return output
+
+    def _check_lookup(self, table: Tensor, indices: Tensor) -> None:
+        if indices.is_floating_point():
+            raise TypeError("an embedding takes token ids")  # torch 2.11 asks for none on the meta device
+        last = self._last.get(indices.untyped_storage(), 0)
+        steps = zip(indices.shape, indices.stride(), strict=True)
+        furthest = indices.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+        has_last = (furthest + 1) * indices.element_size() == indices.untyped_storage().nbytes()
+        if has_last and last >= len(table):
+            raise TableTooShort(last, len(table))
 
 
 def probe_model(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
