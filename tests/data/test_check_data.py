@@ -133,7 +133,7 @@ REFUSED_TOKENIZERS = [
     ({"kind": "hf", "path": "./absent.json"}, "tokenizer.path", "there is no such file"),
     ({"kind": "hf", "path": "absent/tokenizer.json"}, "tokenizer.path", "there is no such file"),
     ({"kind": "hf", "path": "broken.json"}, "tokenizer.path", "no tokenizer could be loaded"),
-    ({"kind": "hf", "path": "bare"}, "tokenizer.path", "no tokenizer could be loaded"),
+    ({"kind": "hf", "path": "bare"}, "tokenizer.path", "holds no tokenizer.json"),
     ({"kind": "hf", "path": "tokenizer.json", "vocab_size": 259}, "tokenizer.vocab_size", "has 260 entries"),
 ]
 

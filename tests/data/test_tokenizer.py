@@ -220,6 +220,9 @@ def test_older_formats_are_converted(tmp_path: Path) -> None:
     converted = load_hf(str(tmp_path / "gpt2"))
     assert converted.size == 300
     assert converted.encode([HARD])[0].tolist() == own.encode([HARD])[0].tolist()
+    (tmp_path / "gpt2/tokenizer_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"cannot convert.* installed to .*with a tokenizer_class"):
+        load_hf(str(tmp_path / "gpt2"))
 
 
 def test_code_that_comes_with_a_tokenizer_is_never_run(tmp_path: Path) -> None:
@@ -227,7 +230,7 @@ def test_code_that_comes_with_a_tokenizer_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
     settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match="no tokenizer could be loaded"):
+    with pytest.raises(ConfigError, match="transformers cannot convert"):
         load_hf(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tpresearch.config.errors import ConfigError, first_line
+from tpresearch.config.errors import ConfigError, first_line, one_line
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
 from tpresearch.data.documents import Parts
 from tpresearch.data.hub import download, looks_like_hub_id
@@ -234,7 +234,7 @@ def _load(path: str | None) -> tuple[HfTokenizer, Path]:
         backend = HfTokenizer.from_file(str(file)) if file.is_file() else _converted(path, file.parent)
     except ConfigError:
         raise
-    except Exception as error:  # both libraries raise a dozen kinds, bare Exceptions among them
+    except Exception as error:  # the library raises bare Exceptions
         raise _path_error(path, f"no tokenizer could be loaded: {first_line(error)}") from None
     return backend, file.parent
 
@@ -246,7 +246,12 @@ def _converted(path: str, folder: Path) -> HfTokenizer:
     except ImportError:
         why = "holds no tokenizer.json, and transformers, which could convert it, is not installed"
         raise _path_error(path, why, "a tokenizer.json, or pip install 'tpresearch[hf]'") from None
-    loaded: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a dozen kinds
+        why = f"holds no tokenizer.json, and transformers cannot convert its other files: {one_line(error)}"
+        legal = f"{LEGAL_PATH}; of vocab.json and merges.txt, a tokenizer_config.json beside them with a tokenizer_class, such as GPT2Tokenizer"
+        raise _path_error(path, why, legal) from None
     if not getattr(loaded, "is_fast", False):
         raise _path_error(path, "exists in Python only, too slow for a corpus")
     backend: HfTokenizer = loaded.backend_tokenizer
