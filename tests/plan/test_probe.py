@@ -57,6 +57,11 @@ class Wide(Pair):
     def forward(self, tokens):
         x = self.embed(tokens)
         return self.output(nn.functional.scaled_dot_product_attention(x.float(), x, x))
+
+class Still(Pair):
+    @torch.no_grad()
+    def forward(self, tokens):
+        return super().forward(tokens)[0]
 """
 
 
@@ -94,6 +99,7 @@ NET = ("model=toy_net", "data=uniform", "train.loss=sum", "parallel=none")
             None,
         ),
         (["+model._target_=probed_nets.Judges"], "model", "'targets'", None),
+        (["+model._target_=probed_nets.Still"], "model", "no gradient flows back from its output", None),
         (
             ["+model._target_=probed_nets.Narrow", "train.loss=sum"],
             "train.eval_rows",

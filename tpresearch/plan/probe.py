@@ -221,6 +221,9 @@ def probe_model(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
         why = f"its output is a {type(output).__name__}"
         legal = "a forward that returns one tensor: logits [b, s, V], or [b, ...] for train.loss=sum"
         raise WrongModel(cfg.model.name, why, legal)
+    if not output.requires_grad and any(p.requires_grad for p in model.parameters()):
+        why = "no gradient flows back from its output, as under torch.no_grad() or after detach()"
+        raise WrongModel(cfg.model.name, why, "a forward whose output follows from the parameters")
     found = watch.result(output, head, model)
     if draws:
         found.draws.setdefault("", {})[PYTHON] = []
