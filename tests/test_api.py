@@ -10,6 +10,7 @@ import operator
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from tpresearch.config.world import World
 from tpresearch.data.pipeline import prepare
 from tpresearch.launch.composition import initialize_conf
 from tpresearch.plan.describe import plan_table
+from tpresearch.train.main import log_notes
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
 
@@ -236,6 +238,14 @@ def built_again(world: World) -> tuple[list[dict[str, float]], str]:
     with pytest.raises(ConfigError) as refused:
         tpresearch.build(cfg, world_size=-2)
     return steps, str(refused.value)
+
+
+def test_notes_are_written_once_for_all_ranks(caplog: pytest.LogCaptureFixture) -> None:
+    job = tpresearch.compile_plan(tpresearch.load(*TRAINED, "parallel=fsdp"), world_size=1).job
+    corpus = prepare(job.cfg.data, job.cfg.tokenizer)
+    for rank in range(2):
+        log_notes(replace(job, world=World(rank, 2)), corpus, is_new=True)
+    assert [record.getMessage() for record in caplog.records] == list(job.notes) != []
 
 
 def test_modes_of_torch_that_a_caller_has_set_are_not_those_of_a_run(ranks: Ranks) -> None:

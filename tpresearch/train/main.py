@@ -212,8 +212,10 @@ def check_rows(corpus: AnyCorpus, job: Preflight) -> None:
 
 
 def log_notes(job: Preflight, corpus: AnyCorpus, is_new: bool) -> None:
-    """Log the warnings of preflight, and one if the embedding of a new run's init_from is of other tokens than the rows, such as
-    those of a BPE that was trained on other text."""
+    """Log, on rank 0, the warnings of preflight, and one if the embedding of a new run's init_from is of other tokens than the rows,
+    such as those of a BPE that was trained on other text."""
+    if job.world.rank:
+        return
     for note in job.notes:
         log.warning(note)
     cfg = job.cfg
