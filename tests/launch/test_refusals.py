@@ -108,6 +108,7 @@ REFUSED = [
         "hydra.searchpath=file:///tmp: no list; folders of config files, such as [file://mine/conf]",
         "'hydra.searchpath=[file:///tmp]'",
     ),
+    ("hydra.searchpath=[", "hydra.searchpath=[: cannot be read (no viable alternative at input '['); ", ""),
     ("--config-dir nowhere", "--config-dir=nowhere: no such folder; a folder with config files, ", ""),
     ("-m name=a hydra.sweep.dir=", "hydra.sweep.dir=: names no folder; a folder, new or empty", "-m name=a"),
     ("model.rope_theta=5", "model.rope_theta=5: not in the model's file, so that ", "+model.rope_theta=5"),

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -192,7 +192,7 @@ class Composition:
 
 def _refuse_search_path(typed: str) -> None:
     key, legal = "hydra.searchpath", "folders of config files, such as [file://mine/conf]"
-    with suppress(OverrideParseException):  # which is said where it is composed
+    with suppress(HydraException):  # which is said where it is composed
         places = OverridesParser.create().parse_override(f"{key}={typed}").value()
         if isinstance(places, str):
             raise ConfigError(key, places, "no list", legal, fix={key: f"[{places}]"})
