@@ -30,7 +30,7 @@ FIELDS = dict(bounded())
 def outside(bound: Within) -> list[float]:
     below = [bound.least if bound.open_below else bound.least - 1]
     above = [bound.most if bound.open_above else bound.most + 1] if bound.most < math.inf else []
-    return [*below, *above, math.nan, math.inf, -math.inf]
+    return [*below, *above, math.nan, math.inf, -math.inf, 10**400]
 
 
 @pytest.mark.parametrize("key", FIELDS)

@@ -72,6 +72,7 @@ REFUSED = [
     ("optimizer.betas=1", "optimizer.betas=1: of the wrong type; a list, such as [0.9, 0.95]", BETAS),
     ("logger.tags=abc", "logger.tags=abc: of the wrong type; a list; ", ""),
     ("optimizer.betas=[1,a]", "optimizer.betas=[1,a]: a is of the wrong type; a list, such as [0.9, ", BETAS),
+    (f"optimizer.lr={10**400}", f"optimizer.lr={10**400}: int too large to convert to float; ", ""),
     ("train.dtype=fp8", "train.dtype=fp8: no such choice; one of float32, bfloat16,", "train.dtype=float32"),
     ("parallel.tensor=pp", "parallel.tensor=pp: no such choice; one of tp, sp", "parallel.tensor=sp"),
     ("data.source=null", "data.source=null: it cannot be null; a value, such as pystdlib", None),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tpresearch.api import load
 from tpresearch.calibrate import __main__ as calibrate
@@ -90,6 +92,15 @@ def test_the_factor_between_a_cluster_and_its_base_is_found(run: Path) -> None:
         ({"perf/step_time_s": 1e-4}, "which no rates between 0.12 and 1.2 times those of h100_dgx make"),
         ({"perf/step_time_s": 10}, "which no rates"),
         ({"world_size": None}, "not the folder of a run that has ended"),
+        ({"world_size": math.inf}, "its world_size is inf"),
+        ({"world_size": math.nan}, "its world_size is nan"),
+        ({"world_size": 10**400}, "its world_size is 1000"),
+        ({"world_size": -2}, "its world_size is -2"),
+        ({"world_size": True}, "its world_size is true"),
+        ({"world_size": 2.5}, "its world_size is 2.5"),
+        ({"world_size": "2"}, "its world_size is 2"),
+        ({"perf/step_time_s": 10**400}, "none of its steps was timed"),
+        ({"perf/step_time_s": True}, "none of its steps was timed"),
     ],
 )
 def test_a_run_that_says_nothing_of_the_cluster_is_refused(
@@ -99,6 +110,15 @@ def test_a_run_that_says_nothing_of_the_cluster_is_refused(
     summary(folder, **changes)
     with pytest.raises(ConfigError, match=rf"^run={folder}: .*{why}"):
         cluster_from_run(read_run(folder), read_option("cluster", "h100_dgx"), "mine")
+
+
+def test_a_config_with_a_number_beyond_all_floats_is_refused(run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["optimizer"]["lr"] = 10**400
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=rf"^run={folder}: not the folder of a run that has ended"):
+        read_run(folder)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch.config.compose import to_config
-from tpresearch.config.errors import ConfigError, one_line
-from tpresearch.config.schema import ComposedConfig, Config
+from tpresearch.config.errors import ConfigError, format_value, one_line
+from tpresearch.config.schema import MAX_RANKS, ComposedConfig, Config
+from tpresearch.config.values import AtLeast, Within
 from tpresearch.config.world import World
 from tpresearch.simulate.cluster import TABLES, parse_cluster
 from tpresearch.simulate.depth import recording
@@ -25,6 +26,9 @@ SHARES = ("gemm_efficiency", "bandwidth_efficiency")
 """Of what data sheets state of a GPU."""
 OF_A_CORE = ("peak_tflops_float32", "peak_tflops_bfloat16", "peak_tflops_float64", "bandwidth_gb_s")
 """Of a CPU, whose shares are 1."""
+RANKS = AtLeast(1, MAX_RANKS)
+SECONDS = Within(0, 1e9, open_below=True)
+"""Of a step: beyond them, the record is damaged."""
 LEAST, MOST = 1 / 8, 8.0
 """Factors to look between, unless one means more than a GPU's peak."""
 PRECISION = 1e-3
@@ -52,14 +56,24 @@ def read_run(folder: Path) -> MeasuredRun:
         merged = OmegaConf.merge(schema, config)
         assert isinstance(merged, DictConfig)
         cfg = to_config(merged)
-        step_s, world = summary.get("perf/step_time_s"), int(summary["world_size"])
+        step_s, world = summary.get("perf/step_time_s"), summary["world_size"]
+        if type(world) is not int or world not in RANKS:
+            raise ValueError(f"its world_size is {format_value(world)}")
         name, device = str(summary["run_name"]), str(summary["device"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:
+    except (
+        OSError,
+        ValueError,
+        OverflowError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OmegaConfBaseException,
+    ) as error:
         why = f"not the folder of a run that has ended ({one_line(error)})"
         raise _refusal(folder, why) from error
     if summary.get("predicted"):
         raise _refusal(folder, "it is a prediction, and nothing was measured")
-    if not isinstance(step_s, int | float) or not 0 < step_s < math.inf:
+    if type(step_s) not in (int, float) or step_s not in SECONDS:
         raise _refusal(folder, "none of its steps was timed")
     return MeasuredRun(folder, name, device, step_s, dataclasses.replace(cfg, world_size=world))
 

@@ -135,7 +135,9 @@ class Within:
             return True
         above = number > self.least if self.open_below else number >= self.least
         below = number < self.most if self.open_above else number <= self.most
-        return math.isfinite(number) and above and below
+        return (
+            -math.inf < number < math.inf and above and below
+        )  # (isfinite overflows for whole numbers above 1e308)
 
     def __str__(self) -> str:
         if self.or_zero:
@@ -182,7 +184,7 @@ def _check_bound(key: str, value: Any, bound: Within) -> None:
     for number in value if isinstance(value, list) else [value]:
         if number is None or number in bound:
             continue
-        if not math.isfinite(number):
+        if not -math.inf < number < math.inf:
             why = "not a finite number"
         elif number < bound.least:
             why = "too small"

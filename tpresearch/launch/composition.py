@@ -26,7 +26,7 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.launch.command import is_within, override_key, values_by_key
 
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OverflowError)
 """What composing raises for a config file or an override that is wrong."""
 FILE = "file://"
 """Before a folder of a search path."""
