@@ -84,9 +84,14 @@ def test_an_op_in_place_on_what_a_rule_returns_is_named() -> None:
         record(cfg, validate(cfg, 2))
 
 
-class Centered(ToyLM):
+class Normalized(ToyLM):
     def forward(self, tokens: Tensor, head: object = None) -> Tensor:
-        return super().forward(tokens) - super().forward(tokens).mean(-1, keepdim=True)
+        return super().forward(tokens).softmax(-1)
+
+
+class Renormed(ToyLM):
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        return super().forward(tokens).renorm(2, 0, 1.0)
 
 
 def first_step(world: World, cfg: Config) -> tuple[str, dict[str, object]]:
@@ -98,9 +103,16 @@ def first_step(world: World, cfg: Config) -> tuple[str, dict[str, object]]:
     return "", {}
 
 
-def test_logits_of_which_no_shards_are_left_name_the_setting(ranks: Ranks) -> None:
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Normalized, "what the forward does to the logits leaves no shards"),
+        (Renormed, "torch cannot compute aten.renorm.default on shards of the vocabulary"),
+    ],
+)
+def test_logits_that_cannot_stay_shards_name_the_setting(ranks: Ranks, kind: type[ToyLM], said: str) -> None:
     words = (
-        *model(Centered),
+        *model(kind),
         "parallel=sp",
         "train.dtype=float64",
         "tokenizer.vocab_size=64",
@@ -109,7 +121,7 @@ def test_logits_of_which_no_shards_are_left_name_the_setting(ranks: Ranks) -> No
         "train.micro_batch_size=2",
     )
     (why, fix), _ = ranks.run(2, first_step, config(*words))
-    assert why.startswith("parallel.loss_parallel=true: what the forward does to the logits")
+    assert why.startswith(f"parallel.loss_parallel=true: {said}")
     mended = (f"{key}={value}" for key, value in fix.items())
     assert ranks.run(2, first_step, config(*words, *mended)) == [("", {})] * 2
 

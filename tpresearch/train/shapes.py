@@ -23,7 +23,11 @@ SIGNS = (
 )
 """Of torch's errors where the sizes of tensors do not fit each other, or one is sharded and the other is not."""
 
-LOSS = "loss_parallel() requires exactly one mesh dim"
+NO_SHARDS = r"loss_parallel\(\) (requires exactly one mesh dim|should be enabled only)"
+"""Of torch's loss on vocabulary shards, where logits have none: as torch 2.13 says it, and 2.11."""
+
+NO_STRATEGY = r"Operator (\S+) does not have a sharding strategy"
+"""Of an op on a sharded tensor, of which logits are the only one that a forward meets under the styles of torch."""
 
 DTYPES = "same dtype|match weight dtype|scalar type|type .* should be the same"
 """Of those where the dtypes of tensors do not."""
@@ -44,11 +48,10 @@ def refusing_shapes(model: str, plan: Plan) -> Iterator[None]:
             log.exception("torch's error", extra=IN_FILES_ONLY)
             legal = "a forward that mixes no dtypes: with train.dtype=bfloat16 weights are bfloat16 in it, and buffers what they were"
             raise WrongModel(model, f"it ends at {place}: {one_line(error)}", legal) from None
-        if plan.rules and LOSS in str(error):
-            why = "what the forward does to the logits leaves no shards of the vocabulary, on which the loss would be computed"
-            raise ConfigError(
-                "parallel.loss_parallel", True, why, "false", {"parallel.loss_parallel": "false"}
-            ) from None
+        if plan.loss_parallel and (why := _why_not_on_shards(str(error))):
+            log.exception("torch's error", extra=IN_FILES_ONLY)
+            fix = {"parallel.loss_parallel": "false"}
+            raise ConfigError("parallel.loss_parallel", True, why, "false", fix) from None
         if not plan.rules or plan.probe.output is None or not re.search(SIGNS, str(error)):
             raise
         log.exception("torch's error", extra=IN_FILES_ONLY)
@@ -57,3 +60,13 @@ def refusing_shapes(model: str, plan: Plan) -> Iterator[None]:
             legal = "no op in place on what a layer under a sharding rule has returned: x = x + y for x += y, nn.ReLU() for nn.ReLU(True)"
             refused = WrongModel(model, refused.why, legal)
         raise refused from None
+
+
+def _why_not_on_shards(said: str) -> str | None:
+    if re.search(NO_SHARDS, said):
+        return "what the forward does to the logits leaves no shards of the vocabulary, on which the loss would be computed"
+    if op := re.search(NO_STRATEGY, said):
+        return (
+            f"torch cannot compute {op[1]} on shards of the vocabulary, as which the forward has the logits"
+        )
+    return None
