@@ -187,6 +187,9 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path, path: str,
     with pytest.raises(ConfigError) as refused:
         find_checkpoint(tmp_path / path, "resume")
     assert str(refused.value).startswith(f"resume={tmp_path / path}: {said}")
+    run, _, step = path.partition("/")
+    over = "never" if run == "broken" else None
+    assert refused.value.fix.get("resume") == (tmp_path / run if step else over)
 
 
 def test_checkpoints_may_be_links_to_another_disk(tmp_path: Path) -> None:

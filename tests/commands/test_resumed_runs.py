@@ -127,6 +127,30 @@ def test_a_complete_run_that_is_started_again_is_left_as_it_is(train: Start, tmp
         assert record() == before
 
 
+def test_a_command_that_goes_back_to_a_checkpoint_and_is_killed_goes_on_when_it_is_repeated(
+    train: Start, tmp_path: Path
+) -> None:
+    """As a scheduler repeats it. Ctrl-C ends it on purpose: then it goes back again."""
+    run, every = tmp_path / "mine", ["checkpoint.every=1", "checkpoint.keep=9"]
+    again = ["resume=mine/checkpoints/step-00000002", "train.steps=5"]
+
+    def went_from(words: list[str], *lost: str) -> int:
+        for name in lost:
+            shutil.rmtree(run / "checkpoints" / name)
+        done = train(None, tmp_path, *words)
+        assert done.code == 0, done.err
+        return Trained(done, run).json("summary.json")["resumed"][-1]["step"]
+
+    assert train(None, tmp_path, *TINY, *every, "train.steps=4", "hydra.run.dir=mine").code == 0
+    assert went_from(again) == 2
+    (run / "summary.json").unlink()
+    assert went_from(again, "step-00000005", "step-00000002") == 4, "also where it has been pruned since"
+    again[0] = "resume=mine/checkpoints/step-00000003"
+    assert went_from(again) == 3, "another command"
+    (run / "summary.json").write_text('{"status": "interrupted"}')
+    assert went_from(again) == 3
+
+
 def test_first_weights_that_are_damaged_are_refused_in_one_line(train: Start, tmp_path: Path) -> None:
     assert train(None, tmp_path, *TINY, "hydra.run.dir=first").code == 0
     (checkpoint,) = complete_checkpoints(tmp_path / "first")

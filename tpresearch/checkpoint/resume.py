@@ -58,8 +58,8 @@ def checkpoints_to_resume(cfg: Config, run: Path, restarted: bool = False) -> li
     """The complete checkpoints that `resume` selects for a run in this folder, newest first; none for a new run.
 
     Args:
-        restarted: whether this job had begun to train here before torchrun restarted its ranks: it resumes from its own
-            checkpoints, if there are any yet.
+        restarted: whether this job had begun to train here before torchrun or a scheduler started it again: it resumes from its
+            own checkpoints, if there are any yet.
 
     Raises:
         ConfigError: if a checkpoint is requested and there is none, or if all existing ones are broken or are
@@ -94,8 +94,9 @@ def _candidates(path: Path, field: str, shown_as: object = None) -> list[Checkpo
         try:
             return [read_checkpoint(resolved)]
         except BrokenCheckpoint as error:
-            why, legal = f"not a complete checkpoint: {error}", "another one, or its run"
-            raise ConfigError(field, value, why, legal) from None
+            why, run = f"not a complete checkpoint: {error}", run_of(resolved)
+            fix = {field: run} if _step_folders(run, field, value) else None
+            raise ConfigError(field, value, why, "another one, or its run", fix) from None
     folders = _step_folders(resolved, field, value)
     if not folders:
         why = "there is no such folder" if not resolved.exists() else f"it has no {CHECKPOINTS_FOLDER}/step-*"

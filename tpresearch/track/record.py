@@ -186,6 +186,21 @@ def read_resumptions(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def was_begun(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the last start in this folder had this config, whose `resume` is a checkpoint, and went on from there until something
+    other than Ctrl-C ended it: a scheduler that starts it again means what it has saved since, not that checkpoint.
+    """
+    try:
+        ended = (folder / SUMMARY_FILE).exists() and read_summary(folder)["status"]
+        if ended in ("completed", "interrupted"):
+            return False
+        named = Path(os.path.expanduser(config["resume"])).resolve().name
+        same = read_record(folder / "config.yaml") == config
+        return same and named == f"step-{read_resumptions(folder)[-1]['step']:08d}"
+    except (OSError, ValueError, LookupError, TypeError):  # no start has left a record
+        return False
+
+
 def measured_from(folder: Path, step: int, total_steps: int) -> int:
     """The step from which the steps were taken that tell a run's speed: `step`, at which this process started, or, where none was left
     for it and the plan is the same, that of the process that took the last.

@@ -15,6 +15,7 @@ from tpresearch.checkpoint.disk import Checkpoint
 from tpresearch.checkpoint.load import restore
 from tpresearch.checkpoint.resume import check_corpus, checkpoints_to_resume
 from tpresearch.config.axes import AXES
+from tpresearch.config.compose import as_dict
 from tpresearch.config.validate import total_steps
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, check_enough_rows
@@ -30,6 +31,7 @@ from tpresearch.parallel.group import agree_on_nothing_left, process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import describe_mesh, describe_model, plan_text
 from tpresearch.track.next_steps import NextSteps
+from tpresearch.track.record import was_begun
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.agreement import AgreedGradients
 from tpresearch.train.assemble import assemble
@@ -70,7 +72,8 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
     with StopFlag() as flag:
         corpus = prepare(job.cfg.data, job.cfg.tokenizer, run.world, partial(check_stop, flag))
         check_rows(corpus, job)
-        found = checkpoints_to_resume(job.cfg, run.folder, run.restarted)
+        restarted = run.restarted or was_begun(run.folder, as_dict(job.cfg))
+        found = checkpoints_to_resume(job.cfg, run.folder, restarted)
         for checkpoint in found:
             check_corpus(checkpoint.manifest, corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
         if is_complete(found, job, run):

@@ -35,6 +35,7 @@ from tpresearch.config.values import check_bounds
 from tpresearch.config.world import World
 from tpresearch.data.check import check_data
 from tpresearch.launch.hydra_app import typed_overrides
+from tpresearch.track.record import was_begun
 from tpresearch.track.tensorboard import check_tensorboard
 from tpresearch.track.wandb_host import check_settings
 
@@ -211,7 +212,7 @@ def check_init_from(cfg: Config, model: nn.Module, starts_ranks: bool) -> list[s
 def check_folder(job: Preflight, folder: Path, restarted: bool) -> None:
     """Refuse a run folder with checkpoints that this config cannot resume from, before anything in it is touched."""
     if job.device is not None:
-        checkpoints_to_resume(job.cfg, folder, restarted)
+        checkpoints_to_resume(job.cfg, folder, restarted or was_begun(folder, as_dict(job.cfg)))
 
 
 def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[nn.Module, Plan]:
