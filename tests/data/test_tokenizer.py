@@ -117,6 +117,35 @@ def test_the_end_of_text_is_the_one_the_tokenizer_names(tmp_path: Path) -> None:
     assert hashes[0] == hashes[1] != hashes[2], "another end of text makes other tokens of a corpus"
 
 
+@pytest.mark.parametrize(
+    ("file", "said", "eos_id"),
+    [
+        ("special_tokens_map.json", {"eos_token": {"content": "a"}}, 3),
+        ("config.json", {"eos_token_id": 2}, 2),  # as GPT-2's, whose tokenizer_config.json names no token
+        ("generation_config.json", {"eos_token_id": [2, 3]}, 2),
+        ("config.json", {"eos_token_id": None}, None),
+        ("config.json", {"eos_token_id": 4}, None),
+    ],
+)
+def test_the_end_of_text_is_the_one_that_a_file_beside_the_tokenizer_names(
+    texts: Path, configure: Configure, tmp_path: Path, file: str, said: dict[str, object], eos_id: int | None
+) -> None:
+    words = ["<unk>", "</s>", "<|endoftext|>", "a"]
+    path = wordlevel(tmp_path / "own", words, model_max_length=1024)
+    (path / file).write_text(json.dumps(said))
+    if eos_id is None:
+        with pytest.raises(ConfigError, match="nothing says which token ends a text"):
+            load_hf(str(path))
+        return
+    foreign = TokenizerConfig(kind=TokenizerKind.hf, vocab_size=4, path=str(path))
+    corpus = prepared(configure(str(texts / "part0/*.txt")), foreign)
+    corpus.save_tokenizer(foreign, tmp_path)
+    assert corpus.eos_id == eos_id
+    assert load_hf(str(tmp_path / "tokenizer")).hash == corpus.tokenizer_hash
+    kept = json.loads((tmp_path / "tokenizer/tokenizer_config.json").read_text())
+    assert kept["model_max_length"] == 1024
+
+
 def test_the_end_of_text_need_not_be_ascii_in_any_locale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +160,8 @@ def test_the_end_of_text_need_not_be_ascii_in_any_locale(
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["<unk>", "a"], "this tokenizer has no end-of-text token"),
+        (["<unk>", "a"], "it has no end-of-text token"),
+        (["<unk>", "</s>", "<|endoftext|>"], "nothing says which token ends a text: </s> <|endoftext|>"),
         (["</s>", "a"], r"cannot encode .* Missing \[UNK\] token"),
     ],
 )

@@ -24,11 +24,16 @@ from tpresearch.data.hub import download, looks_like_hub_id
 from tpresearch.data.sources import hash_text
 
 EOS = "<|endoftext|>"
-COMMON_EOS = ("</s>", EOS, "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
+COMMON_EOS = ("</s>", EOS, "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+TOKEN_FILES, MODEL_FILES = (
+    (SETTINGS_FILE, "special_tokens_map.json"),
+    ("config.json", "generation_config.json"),
+)
+"""Files that name special tokens by their text, and by their ids."""
 KEPT_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*")
 """Files of a folder that a tokenizer may need."""
-HUB_FILES = (*KEPT_FILES, "config.json")
+HUB_FILES = (*KEPT_FILES, *MODEL_FILES)
 """Files of a hub repository that a tokenizer may need: older formats name their kind in config.json."""
 TOKENIZER_FOLDER = "tokenizer"
 """Folder of a run with its tokenizer, as transformers reads it."""
@@ -145,19 +150,14 @@ def byte_level(backend: HfTokenizer) -> Tokenizer:
 def load_hf(path: str | None) -> Tokenizer:
     """A Hugging Face tokenizer: a tokenizer.json, a folder, or a hub id. Its code is never run.
 
-    The end-of-text token is the one that tokenizer_config.json names, or else one that has a common name.
+    The end-of-text token is the one that a file beside it names, or else the one that has a common name.
 
     Raises:
-        ConfigError: for a path that holds no tokenizer, or a tokenizer without an end-of-text token, or that
-            fails on a sample of text.
+        ConfigError: for a path that holds no tokenizer, or a tokenizer without an end-of-text token or with several, or
+            that fails on a sample of text.
     """
     backend, folder = _load(path)
-    stated = _special_token(_settings(folder), "eos_token")
-    candidates = [stated] if stated else COMMON_EOS
-    eos_id = next((found for eos in candidates if (found := backend.token_to_id(eos)) is not None), None)
-    if eos_id is None:
-        legal = f"one whose tokenizer_config.json names its eos_token, or with one of {' '.join(COMMON_EOS)}"
-        raise _path_error(path, "this tokenizer has no end-of-text token", legal)
+    eos_id = _end_of_text(backend, folder, path)
     tokenizer = Tokenizer(backend, eos_id)
     try:
         tokenizer.encode([SAMPLE])
@@ -165,6 +165,24 @@ def load_hf(path: str | None) -> Tokenizer:
         why = f"this tokenizer cannot encode {SAMPLE!r}: {first_line(error)}"
         raise _path_error(path, why, "one that can encode any text") from None
     return tokenizer
+
+
+def _end_of_text(backend: HfTokenizer, folder: Path, path: str | None) -> int:
+    if stated := _special_token(folder, "eos_token"):
+        found = [backend.token_to_id(stated)]
+    else:
+        of_model = (_read_json(folder / name).get("eos_token_id") for name in MODEL_FILES)
+        firsts = (ids[0] if isinstance(ids, list) and ids else ids for ids in of_model)
+        found = [i for i in firsts if isinstance(i, int) and i >= 0 and backend.id_to_token(i) is not None][
+            :1
+        ]
+        found = found or [backend.token_to_id(eos) for eos in COMMON_EOS]
+    known = [i for i in found if i is not None]
+    if len(known) == 1:
+        return known[0]
+    several = " ".join(str(backend.id_to_token(i)) for i in known)
+    why = f"nothing says which token ends a text: {several}" if several else "it has no end-of-text token"
+    raise _path_error(path, why, f"a tokenizer with a {SETTINGS_FILE} beside it that names its eos_token")
 
 
 def save_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig, run: Path) -> None:
@@ -183,10 +201,10 @@ def save_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig, run: Path) -> 
             _copy(named, folder / TOKENIZER_FILE)
     if not (folder / TOKENIZER_FILE).exists():
         tokenizer.save(folder / TOKENIZER_FILE)
-    if not (folder / SETTINGS_FILE).exists():
+    if _special_token(folder, "eos_token") is None:
+        defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         eos = tokenizer.backend.id_to_token(tokenizer.eos_id)
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
-        settings["clean_up_tokenization_spaces"] = False
+        settings = (_read_json(folder / SETTINGS_FILE) or defaults) | {"eos_token": eos}
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -202,7 +220,7 @@ def special_ids(folder: Path) -> tuple[int | None, int | None]:
         ConfigError: as `load_hf`.
     """
     tokenizer = load_hf(str(folder))
-    bos = _special_token(_settings(folder), "bos_token")
+    bos = _special_token(folder, "bos_token")
     return tokenizer.backend.token_to_id(bos) if bos else None, tokenizer.eos_id
 
 
@@ -262,17 +280,20 @@ def _path_error(path: str | None, why: str, legal: str = LEGAL_PATH) -> ConfigEr
     return ConfigError("tokenizer.path", path, why, legal, {"tokenizer": "bpe", "tokenizer.path": None})
 
 
-def _special_token(settings: dict[str, Any], role: str) -> str | None:
-    """The token that has this role: written as its text, or as an object with its text in `content`."""
-    token = settings.get(role)
-    found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else None
+def _special_token(folder: Path, role: str) -> str | None:
+    """The token that has this role by the files of a folder: written as its text, or as an object with its text in `content`."""
+    for name in TOKEN_FILES:
+        token = _read_json(folder / name).get(role)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str) and text:
+            return text
+    return None
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json of the folder, or an empty dict."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """A file's object, or an empty dict."""
     try:
-        settings = json.loads((folder / SETTINGS_FILE).read_bytes())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return settings if isinstance(settings, dict) else {}
+    return found if isinstance(found, dict) else {}
