@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from support.assembled import planned, ranks_of_a_host, refusal
 from support.composed import config
 from support.counted_steps import FAKE
-from support.nets import HookedHead, InFront, Positions, model
+from support.nets import HookedHead, InFront, Positions, TakesLayouts, model
 from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from tpresearch.config import Config
+from tpresearch.config.model import model_as_dict, model_config
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.models.toy_mlp import ToyLM
@@ -46,6 +47,10 @@ def test_overlapping_rules_are_refused_and_both_named() -> None:
     assert "out" in str(error)
 
 
+OUT = "model.plans.sp.out"
+OWN = f"+{OUT}._target_"
+
+
 @pytest.mark.parametrize(
     ("override", "field", "offered"),
     [
@@ -67,10 +72,13 @@ def test_overlapping_rules_are_refused_and_both_named() -> None:
         ("+model.plans.sp.out._target_=nowhere.Mine", "model.plans.sp.out._target_", "class"),
         ("+model.plans.sp.out._target_=torch.nn.Linear", "model.plans.sp.out._target_", "ParallelStyle"),
         (
-            "+model.plans.sp.out._target_=torch.distributed.tensor.parallel.RowwiseParallel +model.plans.sp.out.dim=1",
+            f"{OWN}=torch.distributed.tensor.parallel.RowwiseParallel +model.plans.sp.out.dim=1 {OUT}.style=null {OUT}.dst=null",
             "model.plans.sp.out._target_",
             "arguments",
         ),
+        (f"{OWN}=support.nets.NoStyle", f"{OUT}.style", "null beside a _target_"),
+        (f"{OWN}=support.nets.NoStyle {OUT}.style=null {OUT}.dst=shard:1", f"{OUT}._target_", "arguments"),
+        (f"{OWN}=support.nets.NoStyle {OUT}.style=null {OUT}.src=[null]", f"{OUT}._target_", "arguments"),
         ("+model.plans.sp.out.stile=rowwise", "model.plans.sp.out.stile", "style"),
         ("model.blocks=[layer.*]", "model.blocks", "layers"),
         ("model.dim=60", "model", "settings"),
@@ -83,6 +91,16 @@ def test_what_cannot_be_read_is_refused(override: str, field: str, offered: str)
     error = refusal("model=llama2_debug", *override.split())
     assert error.field == field
     assert offered in error.legal
+
+
+def test_layouts_of_a_rule_are_arguments_of_a_style_of_its_own() -> None:
+    words = f"{OUT}.style=null", f"{OUT}.dst=[shard:1,null]", f"{OUT}.src=null"
+    cfg = config("model=llama2_debug", f"{OWN}=support.nets.TakesLayouts", *words)
+    _, plan = plan_model(cfg, validate(cfg, 4))
+    style = plan.rules["layers.0.attention.wo"].style()
+    assert isinstance(style, TakesLayouts)
+    assert (style.dst, style.src) == (["shard:1", None], "unset")
+    assert model_config(model_as_dict(cfg.model)) == cfg.model
 
 
 ROWS = "model=toy_mlp", "parallel=sp", "model.plans.sp.output.dst=batch"

@@ -298,3 +298,11 @@ class NoStyle(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return module
+
+
+class TakesLayouts(NoStyle):
+    """The same, with layouts among its arguments."""
+
+    def __init__(self, dst: list[str | None], src: str = "unset") -> None:
+        super().__init__()
+        self.dst, self.src = dst, src

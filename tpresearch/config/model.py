@@ -12,6 +12,8 @@ from tpresearch.config.values import check_usable, check_value
 
 MODEL_KEYS = {"name", "_target_", "blocks", "plans"}
 RULE_KEYS = ("match", "style", "src", "dst", "axis", "units")
+LAYOUT_KEYS = ("src", "dst")
+"""Of a rule with a `_target_` they are its arguments, as keys that are not ours are."""
 
 
 @dataclass(slots=True)
@@ -38,7 +40,7 @@ class Rule:
     target: str | None = None
     """Instead of a style: the import path of a custom ParallelStyle (`_target_` in YAML)."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Its arguments: every other key of the rule."""
+    """Its arguments: every key of the rule but match, axis and units."""
 
 
 @dataclass(slots=True)
@@ -81,9 +83,11 @@ def _rule(where: str, raw: Any) -> Rule:
     if not isinstance(raw, dict) or not raw.get("match"):
         why, legal = "not a sharding rule", "a dict with match and style, or match and _target_"
         raise ConfigError(where, raw, why, legal)
-    ours = {key: value for key, value in raw.items() if key in RULE_KEYS}
-    rest = {key: value for key, value in raw.items() if key not in RULE_KEYS and key != "_target_"}
-    if rest and "_target_" not in raw:
+    has_target = raw.get("_target_") is not None
+    own = {key for key in RULE_KEYS if not (has_target and key in LAYOUT_KEYS and raw.get(key) is not None)}
+    ours = {key: value for key, value in raw.items() if key in own}
+    rest = {key: value for key, value in raw.items() if key not in own and key != "_target_"}
+    if rest and not has_target:
         wrong = next(iter(rest))
         why, legal = "no such key in a rule", f"one of {', '.join(nearest(str(wrong), RULE_KEYS))}"
         raise ConfigError(f"{where}.{wrong}", rest[wrong], why, legal)

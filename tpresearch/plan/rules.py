@@ -164,6 +164,15 @@ def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Resol
         raise ConfigError(f"{where}.axis", rule.axis, "not an axis that rules act on", legal)
     if rule.target:
         kind = imported_class(f"{where}._target_", rule.target, ParallelStyle)
+        if rule.style is not None:
+            why = f"the rule's _target_, {kind.__name__}, is a style of its own"
+            raise ConfigError(
+                f"{where}.style",
+                rule.style,
+                why,
+                "null beside a _target_",
+                {f"{where}.style": None, f"{where}._target_": None},
+            )
         own = ResolvedRule(name, where, rule, (), (), False)
         try:
             own.style()
