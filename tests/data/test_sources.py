@@ -332,6 +332,14 @@ def test_a_byte_order_mark_is_not_text_and_line_ends_are(tmp_path: Path, configu
     assert read == [("a.txt", "marked\r\n\rtext\n"), ("c.txt", "a\ufeffb")]
 
 
+def test_so_few_tokens_that_all_are_held_out_are_refused_by_their_number(
+    texts: Path, configure: Configure, bpe: TokenizerConfig
+) -> None:
+    with pytest.raises(ConfigError, match="leaves none to train on") as refusal:
+        prepared(configure(f"{texts}/**/*.txt", max_tokens=1), bpe)
+    assert (refusal.value.field, refusal.value.fix) == ("data.max_tokens", {"data.max_tokens": None})
+
+
 def test_a_corpus_without_text_is_refused(tmp_path: Path, configure: Configure, bpe: TokenizerConfig) -> None:
     write_jsonl(tmp_path / "data.jsonl", ["", None])
     with pytest.raises(ConfigError, match="no text in it"):

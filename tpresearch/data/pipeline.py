@@ -116,6 +116,12 @@ class _Pipeline:
         with log_stage("tokenizing", self._total_bytes(), self.progress, self.check) as advance:
             counts = write_streams(draft, self._split(), tokenizer, self.data.max_tokens, advance)
         if counts["train"]["tokens"] == 0:
+            if self.data.max_tokens and counts["held_out"]["tokens"]:
+                why, legal = (
+                    "the text of so few tokens is held out, and leaves none to train on",
+                    "more, or null",
+                )
+                raise ConfigError("data.max_tokens", self.data.max_tokens, why, legal)
             legal = "files or records with text in them"
             raise ConfigError("data.path", self.data.path, "no text in it", legal)
         tokenizer.save(draft / TOKENIZER_FILE)
