@@ -10,7 +10,7 @@ import pytest
 from support.commands import environment, execute
 from support.trainings import TINY, TRAIN, Start, cases
 
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, WrongModel
 from tpresearch.config.world import World
 from tpresearch.launch.proposal import command_to_try
 
@@ -114,6 +114,19 @@ def test_a_plan_that_cannot_be_corrected_is_left_to_be_filled_in_and_no_other_mo
     then = ConfigError("model.plans.sp.a", "{match: a}", "so is the next", "another forward")
     to_try = command_to_try(first, World(), lambda tried: then if "model=mine" in tried.arguments else None)
     assert str(to_try).endswith(shlex.join([*typed, f"{field}=VALUE"]))
+
+
+def test_no_other_model_is_proposed_where_a_correction_shows_a_mistake_in_the_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    typed = ["model=mine", "parallel=sp"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *typed])
+    first = ConfigError(
+        "model.plans.sp", "sp", "a rule is missing", "one", {"+model.plans.sp.a": "{match: a}"}
+    )
+    code = WrongModel("mine", "it ends at line 3", "another forward")
+    to_try = command_to_try(first, World(), lambda tried: code if "model=mine" in tried.arguments else None)
+    assert str(to_try).endswith(shlex.join([*typed, "model.plans.sp=VALUE"]))
 
 
 # Variables that another job has left, and what of them the command to try goes without.

@@ -84,6 +84,15 @@ def test_an_op_in_place_on_what_a_rule_returns_is_named() -> None:
         record(cfg, validate(cfg, 2))
 
 
+def test_a_layer_whose_input_is_left_a_dtensor_is_told_what_makes_it_local() -> None:
+    mlp = "model.plans.sp.in_proj"
+    own = f"{mlp}.style=null", f"{mlp}.src=null", f"{mlp}.dst=null", f"+{mlp}._target_=support.nets.NoStyle"
+    gathered = "+model.plans.sp.mlp={match: mlp, style: input, src: 'shard:1', dst: replicate}"
+    cfg = config("model=toy_mlp", "parallel=sp", *own, gathered)
+    with pytest.raises(WrongModel, match=r"mixed torch\.Tensor and DTensor.*local, as CopyToShards"):
+        record(cfg, validate(cfg, 2))
+
+
 class Normalized(ToyLM):
     def forward(self, tokens: Tensor, head: object = None) -> Tensor:
         return super().forward(tokens).softmax(-1)

@@ -75,13 +75,30 @@ class Net(nn.Module):
         return self.head(x)
 
 
-class Shared(Net):
+class Shared(nn.Module):
     """One gate for all features: its output is whole, and meets a shard."""
 
+    def __init__(self, width, inner):
+        super().__init__()
+        self.up = nn.Linear(width, inner)
+        self.gate = nn.Linear(width, 1)
+        self.down = nn.Linear(inner, width)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)) * self.gate(x))
+
+
+class SharedNet(nn.Module):
     def __init__(self, vocab_size, width, inner, depth, owns):
-        super().__init__(vocab_size, width, inner, depth, owns)
-        for layer in self.stack:
-            layer.gate = nn.Linear(width, 1)
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, width)
+        self.norm = nn.LayerNorm(width)
+        self.mlp = Shared(width, inner)
+        self.head = nn.Linear(width, vocab_size)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        return self.head(x + self.mlp(self.norm(x)))
 '''
 MODEL = """
 # A model of one's own.
@@ -166,18 +183,39 @@ def test_parameters_may_belong_to_the_root_and_to_a_block(ranks: Ranks, own: Pat
     agree(ranks.run(4, job, own_config(own, f"parallel={plan}", "model.owns=true"), str(own))[0], alone)
 
 
-def test_a_whole_output_that_meets_a_shard_has_the_style_of_the_page(ranks: Ranks, own: Path) -> None:
+SHARED = {
+    "tp": """{
+        up: {match: mlp.up, style: colwise},
+        gate: {match: mlp.gate, _target_: own_styles.CopyToShards},
+        down: {match: mlp.down, style: rowwise}}""",
+    "sp": """{
+        embed: {match: embed, style: rowwise, src: replicate, dst: 'shard:1'},
+        norm: {match: norm, style: sequence},
+        mlp: {match: mlp, style: input, src: 'shard:1', dst: replicate},
+        up: {match: mlp.up, style: colwise},
+        gate: {match: mlp.gate, _target_: own_styles.CopyToShards},
+        down: {match: mlp.down, style: rowwise, dst: 'shard:1'},
+        head: {match: head, style: colwise, src: 'shard:1', dst: logits}}""",
+}
+
+
+@pytest.mark.parametrize("plan", SHARED)
+def test_a_whole_output_that_meets_a_shard_has_the_style_of_the_page(
+    ranks: Ranks, own: Path, plan: str
+) -> None:
     page = (ROOT / "docs/plans.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```python\n# mine/styles.py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     (own / "own_styles.py").write_text(block)
-    rules = [
-        "~model.plans.tp.gate",
-        "+model.plans.tp.f={match: stack.*.gate, _target_: own_styles.CopyToShards}",
-    ]
-    shared = ("model._target_=own_net.Shared", *rules)
+    rules = " ".join(SHARED[plan].split())
+    shared = (
+        "model._target_=own_net.SharedNet",
+        "model.blocks=[]",
+        "~model.plans",
+        f"+model.plans.{plan}={rules}",
+    )
     alone = job(World(), own_config(own, "parallel=none", *shared), str(own))
     assert alone is not None
-    agree(ranks.run(2, job, own_config(own, "parallel=tp", *shared), str(own))[0], alone)
+    agree(ranks.run(2, job, own_config(own, f"parallel={plan}", *shared), str(own))[0], alone)
 
 
 def test_a_weight_without_a_rule_is_refused_where_the_sequence_is_split(own: Path) -> None:

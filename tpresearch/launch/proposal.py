@@ -64,6 +64,8 @@ def command_to_try(error: ConfigError, world: World, check_command: CommandCheck
             break
         if _is_to_be_filled_in(attempt) or (error_left := check_command(attempt)) is None:
             return str(attempt)
+        if isinstance(error_left, WrongModel):  # another model would be the answer to another question
+            return str(filled_in)
         seen.add(attempt)
         command, error = attempt, error_left
     valid = _valid_part(command, check_command)

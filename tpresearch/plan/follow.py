@@ -25,7 +25,7 @@ from tpresearch.plan.parts import (
     reshaped,
     transposed,
 )
-from tpresearch.plan.wrong_on_shards import Refusals
+from tpresearch.plan.wrong_on_shards import LOCAL_INPUT, Refusals
 
 
 class AnotherWay(Exception):
@@ -61,7 +61,7 @@ class Follower:
         if any(x in self.distributed for x in inputs):
             if any(x.dim() and x not in self.distributed for x in inputs):
                 what = "takes a DTensor, which a sharding rule leaves there, and a plain tensor"
-                self._refuse.other(*self._at(own.name), what)
+                self._refuse.other(*self._at(own.name), what, LOCAL_INPUT)
             self.distributed.update(dict.fromkeys(outputs, True))
             return
         self._check_numbers(whole, own)

@@ -14,6 +14,11 @@ from tpresearch.plan.rules import SEQUENCE
 from tpresearch.plan.sequence import rule_to_add
 
 PARTIAL = "is whole on each rank and meets"
+LEGAL = "a forward that computes the same on shards as on whole tensors"
+LOCAL_INPUT = (
+    f"{LEGAL}, with a rule for each layer that takes what one of style input leaves: colwise, or a _target_ that makes it "
+    "local, as CopyToShards in docs/plans.md does"
+)
 
 
 class Refusals:
@@ -77,8 +82,7 @@ class Refusals:
         fix = {} if rule or dim is None else rule_to_add(self._cfg, module, f"shard:{dim}")
         raise ConfigError(f"model.plans.{plan}", plan, why, legal, fix)
 
-    def other(self, op: str, module: str, what: str) -> NoReturn:
-        legal = "a forward that computes the same on shards as on whole tensors"
+    def other(self, op: str, module: str, what: str, legal: str = LEGAL) -> NoReturn:
         raise WrongModel(self._cfg.model.name, f"{op}{_in(module)} {what}", legal)
 
 
@@ -100,7 +104,7 @@ class RowRefusals(Refusals):
     ) -> NoReturn:
         self.along(op, module, layer)
 
-    def other(self, op: str, module: str, what: str) -> NoReturn:
+    def other(self, op: str, module: str, what: str, legal: str = "") -> NoReturn:
         self.along(op, module, "")
 
     def partial_activation(self, op: str, module: str, given_by: str, layer: str) -> None:

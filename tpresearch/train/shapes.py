@@ -11,15 +11,18 @@ from tpresearch.config.errors import NO_PLACE, ConfigError, WrongModel, one_line
 from tpresearch.launch.logs import IN_FILES_ONLY
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.one_rank import does_not_fit
+from tpresearch.plan.wrong_on_shards import LOCAL_INPUT
 
 log = logging.getLogger(__name__)
 
 IN_PLACE = "is a view and is being modified inplace"
 """Of what a layer under a rule returns: torch's conversion from a sharded tensor is a view."""
 
+MIXED = "mixed torch.Tensor and DTensor"
+
 SIGNS = (
     "invalid for input of size|cannot be multiplied|reduction dim|must match|normalized_shape|"
-    f"mixed torch.Tensor and DTensor|Sharding propagation failed|{IN_PLACE}"
+    f"{MIXED}|Sharding propagation failed|{IN_PLACE}"
 )
 """Of torch's errors where the sizes of tensors do not fit each other, or one is sharded and the other is not."""
 
@@ -59,6 +62,8 @@ def refusing_shapes(model: str, plan: Plan) -> Iterator[None]:
         if IN_PLACE in str(error):
             legal = "no op in place on what a layer under a sharding rule has returned: x = x + y for x += y, nn.ReLU() for nn.ReLU(True)"
             refused = WrongModel(model, refused.why, legal)
+        elif MIXED in str(error):
+            refused = WrongModel(model, refused.why, LOCAL_INPUT)
         raise refused from None
 
 
