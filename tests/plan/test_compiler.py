@@ -9,7 +9,7 @@ from support.assembled import planned, ranks_of_a_host, refusal
 from support.composed import config
 from support.counted_steps import FAKE
 from support.nets import HookedHead, InFront, Positions, TakesLayouts, model
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -266,3 +266,22 @@ def test_the_rule_that_is_proposed_for_an_embedding_shards_its_positions() -> No
     error = refusal(*words, f"{key}={rule}", "~model.plans.sp.embed")
     assert "embed.weight has no sharding rule; with a sharded sequence" in str(error)
     assert [*error.fix.values()] == ["{match:embed,style:rowwise,src:'replicate',dst:'shard:1'}"]
+
+
+class NormedHeads(ToyLM):
+    """A norm of each head, in the order that attention takes, `[b, heads, s, h]`, and one of the whole input."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.norm, self.of_head = nn.LayerNorm(dim), nn.RMSNorm(8)
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        x = self.mlp.in_proj(self.norm(self.embed(tokens)))
+        x = self.of_head(x.unflatten(-1, (-1, 8)).transpose(1, 2))
+        return self.output(self.mlp.out_proj(x.transpose(1, 2).flatten(2)))
+
+
+def test_heads_in_front_of_the_sequence_are_not_taken_for_it() -> None:
+    rule = "+model.plans.tp.of_head={match: of_head, style: sequence, src: 'shard:1', dst: 'shard:1'}"
+    _, plan = planned(*model(NormedHeads), "parallel=tp", rule, "data.seq_len=20")
+    assert "of_head" in plan.rules

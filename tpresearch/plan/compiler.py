@@ -31,7 +31,7 @@ from tpresearch.plan.rules import (
     runs_as,
     tensors_of,
 )
-from tpresearch.plan.sequence import check_sequence
+from tpresearch.plan.sequence import check_sequence, splits_sequence
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _sharded_counts(
         if dim is not None and not is_vocabulary:
             what, count = f"{name}.weight.shape[{dim}]", module.get_parameter("weight").shape[dim]
             yield ShardedCount(rule.axis, what, count, f"rule {rule.name} splits it {rule.label}")
-        if cfg.data.has_sequence and rule.shards_sequence:
+        if splits_sequence(name, rule, cfg, probe):
             yield ShardedCount(
                 rule.axis, "data.seq_len", cfg.data.seq_len, f"rule {rule.name} splits the sequence"
             )

@@ -9,7 +9,7 @@ from torch import nn
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.plan.probe import Probe
-from tpresearch.plan.rules import ResolvedRule
+from tpresearch.plan.rules import SEQUENCE, ResolvedRule, tensors_of
 
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 """The number of a layer in a name."""
@@ -17,8 +17,7 @@ LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 def check_sequence(model: nn.Module, cfg: Config, rules: dict[str, ResolvedRule], probe: Probe) -> None:
     """Refuse a weight without a rule where one shards the sequence, or the batch: its gradient would be partial on each rank."""
-    sequence = cfg.data.has_sequence
-    by_sequence = [rule for rule in rules.values() if sequence and rule.shards_sequence]
+    by_sequence = [rule for name, rule in rules.items() if splits_sequence(name, rule, cfg, probe)]
     split = next(iter(by_sequence or [rule for rule in rules.values() if rule.shards_batch]), None)
     if split is None:
         return
@@ -37,6 +36,15 @@ def check_sequence(model: nn.Module, cfg: Config, rules: dict[str, ResolvedRule]
                 )
                 fix = rule_to_add(cfg, module, "replicate", dst, "rowwise")
             raise ConfigError(f"model.plans.{plan}", plan, why, legal, fix)
+
+
+def splits_sequence(module: str, rule: ResolvedRule, cfg: Config, probe: Probe) -> bool:
+    """Whether a rule splits an activation of this module along the sequence; dim 1 of `[b, heads, s, d]` is none."""
+    if not cfg.data.has_sequence or not rule.shards_sequence or module not in probe.shapes:
+        return cfg.data.has_sequence and rule.shards_sequence
+    shapes = [x for *_, layout, x in tensors_of(rule, probe.shapes[module]) if layout == SEQUENCE and x]
+    length = cfg.data.seq_len
+    return any(len(x) < 4 or x[1] == length or x[2] != length for x in shapes)
 
 
 def rule_to_add(
