@@ -118,6 +118,41 @@ def test_matmuls_are_computed_again_by_full_checkpointing_and_in_a_second_backwa
         torch.testing.assert_close(gradients(kind)[1], expected)
 
 
+@torch.library.custom_op(
+    "tests::_scaled_dot_product_flash_attention", mutates_args=(), tags=torch.Tag.nondeterministic_seeded
+)
+def drawing_attention(x: Tensor, dropout_p: float) -> Tensor:
+    """Attention that draws in its kernel, as a GPU's do."""
+    return x * torch.empty_like(x).bernoulli_(1 - dropout_p)
+
+
+drawing_attention.register_autograd(lambda ctx, g: (g, None))
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended = drawing_attention(self.first(x), 0.5)
+        return self.second(functional.dropout(attended, 0.5)).tanh()
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_what_is_drawn_after_attention_with_dropout_is_drawn_again(kind: str) -> None:
+    def gradients(kind: str) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        block, x = Dropping(), torch.randn(4, 8)
+        wrap_forward(
+            block, config("model=toy_mlp", f"parallel.activation_checkpointing={kind}").parallel, False
+        )
+        block(x).sum().backward()
+        return [parameter.grad for parameter in block.parameters()]
+
+    torch.testing.assert_close(gradients(kind), gradients("none"))
+
+
 class Remembering(nn.Module):
     """Computes a table once, by a matmul."""
 

@@ -49,6 +49,12 @@ _SLOW_OPS = {
 }
 
 
+def _draws(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it is attention with dropout, from which the generator goes on to what is drawn after it: it is computed again."""
+    given = dict(zip((each.name for each in op._schema.arguments), args, strict=False)) | kwargs
+    return bool(given.get("dropout_p"))
+
+
 class _Kept:
     """Outputs of slow ops by op and shapes, in order.
 
@@ -60,8 +66,8 @@ class _Kept:
         self.outputs: dict[Hashable, deque[_Output]] = {}
         self._sums_at_once = sums_at_once
 
-    def takes(self, op: Any, args: tuple[Any, ...]) -> bool:
-        return _is_slow(op) and not self.takes_sum_of(op, args)
+    def takes(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return _is_slow(op) and not self.takes_sum_of(op, args) and not _draws(op, args, kwargs)
 
     def takes_sum_of(self, op: Any, args: tuple[Any, ...]) -> bool:
         return self._sums_at_once and _is_partial_sum(op, args)
@@ -131,7 +137,7 @@ class _Keeping(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         tensors = func(*args, **(kwargs or {}))
-        if self._kept.takes(func, args):
+        if self._kept.takes(func, args, kwargs or {}):
             self.outputs.append((_key(func, args), _Output(tensors)))
         return tensors
 
@@ -148,11 +154,12 @@ class _Recomputing(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kept = self._kept
+        kept, kwargs = self._kept, kwargs or {}
         if kept.outputs and kept.takes_sum_of(func, args):
             return _unsummed(*args[-2:])
-        if not (kept.outputs and kept.takes(func, args)) or (key := _key(func, args)) not in kept.outputs:
-            return func(*args, **(kwargs or {}))
+        takes = kept.outputs and kept.takes(func, args, kwargs)
+        if not takes or (key := _key(func, args)) not in kept.outputs:
+            return func(*args, **kwargs)
         if not kept.outputs[key]:
             raise self._refusal(OTHERWISE)
         self._given.add(key)
