@@ -255,7 +255,9 @@ def run(tmp_path: Path) -> Path:
 
 def parsed(*overrides: str, multirun: bool = False) -> Namespace:
     """A command line as Hydra has parsed it."""
-    return Namespace(multirun=multirun, overrides=list(overrides), config_name=None, config_dir=None)
+    return Namespace(
+        multirun=multirun, overrides=list(overrides), config_name=None, config_path=None, config_dir=None
+    )
 
 
 @pytest.mark.parametrize("named", ["run", "run/checkpoints/step-00000003", "'run'"])
@@ -276,7 +278,23 @@ def test_what_was_typed_then_is_typed_again_and_what_is_typed_now_wins(
     assert repeat_command_of_run(arguments) == run
     now = [f"resume={named}", *typed, f"hydra.run.dir={run}"]
     assert arguments.overrides == ["hydra.searchpath=[file:///own]", *kept, *now]
-    assert (arguments.config_name, arguments.config_dir) == ("train", "/mine")
+    assert (arguments.config_name, arguments.config_path, arguments.config_dir) == ("train", None, "/mine")
+
+
+@pytest.mark.parametrize(
+    ("package", "own"), [(".", None), ("tpresearch", None), ("other", True), (None, None)]
+)
+def test_a_conf_of_ones_own_is_that_of_the_next_start_too(
+    run: Path, package: str | None, own: bool | None
+) -> None:
+    record, conf = run / ".hydra" / "hydra.yaml", run.parent / "code" / "conf"
+    record.write_text(record.read_text().replace("/conf", str(conf)))
+    if package:  # or it is gone
+        conf.mkdir(parents=True)
+        (conf.parent / package / "launch").mkdir(parents=True)
+    arguments = parsed(f"resume={run}")
+    repeat_command_of_run(arguments)
+    assert arguments.config_path == (str(conf) if own else None)
 
 
 @pytest.mark.parametrize("trains", [False, True])
@@ -340,11 +358,12 @@ def test_a_run_resumes_whatever_its_folder_is_called(
     monkeypatch.chdir(run.parent)
     named = run.rename(run.with_name(name))
     words = [override("resume", name), override("hydra.run.dir", named)]
-    arguments = Namespace(multirun=False, overrides=words, config_name="other", config_dir="/here")
+    flags = {"config_name": "other", "config_path": "/own", "config_dir": "/here"}
+    arguments = Namespace(multirun=False, overrides=words, **flags)
     assert repeat_command_of_run(arguments) == named
     pruned = parsed(override("resume", f"{name}/checkpoints/step-00000002"))
     assert repeat_command_of_run(pruned) == named, "since a job began there that torchrun has restarted"
-    assert (arguments.config_name, arguments.config_dir) == ("other", "/here")
+    assert flags.items() <= vars(arguments).items()
 
 
 def test_a_run_resumes_in_its_own_folder(run: Path) -> None:

@@ -111,6 +111,7 @@ REFUSED = [
     ),
     ("hydra.searchpath=[", "hydra.searchpath=[: cannot be read (no viable alternative at input '['); ", ""),
     ("--config-dir nowhere", "--config-dir=nowhere: no such folder; a folder with config files, ", ""),
+    ("--config-path nowhere", "--config-path=nowhere: no such folder; a folder with config files, ", ""),
     ("-m name=a hydra.sweep.dir=", "hydra.sweep.dir=: names no folder; a folder, new or empty", "-m name=a"),
     ("model.rope_theta=5", "model.rope_theta=5: not in the model's file, so that ", "+model.rope_theta=5"),
     ("model.rope_teta=5", "model.rope_teta=5: no such key; nearest is model.rope_theta", None),

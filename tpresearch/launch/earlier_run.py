@@ -54,6 +54,7 @@ def repeat_command_of_run(arguments: Namespace) -> Path | None:
     arguments.overrides = [*then, *arguments.overrides, override("hydra.run.dir", run)]
     start = _last_start(run)
     arguments.config_name = arguments.config_name or start.config_name
+    arguments.config_path = arguments.config_path or start.config_path
     arguments.config_dir = arguments.config_dir or start.config_dir
     return run
 
@@ -73,6 +74,7 @@ class _Start(NamedTuple):
     hydra_overrides: list[str]
     folder: Path
     config_name: str
+    config_path: str | None
     config_dir: str | None
 
 
@@ -82,12 +84,20 @@ def _last_start(run: Path) -> _Start:
         files = (run / ".hydra" / name for name in ("overrides.yaml", "hydra.yaml"))
         typed, record = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
         hydra = record["hydra"]
-        added = (s["path"] for s in hydra["runtime"]["config_sources"] if s["provider"] == "command-line")
+        sources = {source["provider"]: source["path"] for source in hydra["runtime"]["config_sources"]}
         of_hydra, folder = hydra["overrides"]["hydra"], Path(hydra["runtime"]["cwd"])
-        return _Start([*typed], [*of_hydra], folder, hydra["job"]["config_name"], next(added, None))
+        flags = hydra["job"]["config_name"], _own_conf(sources["main"]), sources.get("command-line")
+        return _Start([*typed], [*of_hydra], folder, *flags)
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
         why = f"its overrides cannot be read: {getattr(error, 'strerror', None) or first_line(error)}"
         raise ConfigError("resume", run, why, "a run folder with its .hydra") from None
+
+
+def _own_conf(folder: str) -> str | None:
+    """The folder from which a run was composed, unless that is the conf of this package, here or wherever it was then."""
+    beside = Path(folder).parent
+    is_own = not any((package / "launch").is_dir() for package in (beside, beside / "tpresearch"))
+    return folder if is_own and os.path.isdir(folder) else None
 
 
 def overrides_of_run(run: Path) -> list[str]:

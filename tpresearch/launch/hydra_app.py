@@ -82,15 +82,21 @@ def application(script: str, arguments: Namespace) -> Hydra:
     """Hydra over conf/, or over --config-path, with the files of --config-dir; refuses one that is no folder."""
     version.setbase(VERSION_BASE)
     GlobalHydra.instance().clear()
-    path = create_automatic_config_search_path(script, None, arguments.config_path or str(conf_dir()))
-    if arguments.config_dir is not None:
-        added = Path(arguments.config_dir).absolute()
-        if not added.is_dir():
-            drop = dict.fromkeys(["--config-dir", "-cd", arguments.config_dir])
-            legal = "a folder with config files, such as mine/conf"
-            raise ConfigError("--config-dir", arguments.config_dir, "no such folder", legal, fix=drop)
+    own = _config_folder("path", arguments.config_path)
+    path = create_automatic_config_search_path(script, None, str(own or conf_dir()))
+    if added := _config_folder("dir", arguments.config_dir):
         path.prepend("command-line", f"file://{added}", SearchPathQuery(provider="schema"))
     return Hydra.create_main_hydra2(Path(script).stem, path)
+
+
+def _config_folder(name: str, typed: str | None) -> Path | None:
+    if typed is None:
+        return None
+    if not (folder := Path(typed).absolute()).is_dir():
+        drop = dict.fromkeys([f"--config-{name}", f"-c{name[0]}", typed])
+        legal = "a folder with config files, such as mine/conf"
+        raise ConfigError(f"--config-{name}", typed, "no such folder", legal, fix=drop)
+    return folder
 
 
 def compose_run(app: Hydra, config_name: str, overrides: list[str]) -> DictConfig | None:
