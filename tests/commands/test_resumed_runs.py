@@ -14,6 +14,8 @@ from support.trainings import TINY, Trained
 from tpresearch.checkpoint.disk import complete_checkpoints
 from tpresearch.config import ConfigError
 from tpresearch.config.world import World
+from tpresearch.hf.files import weights_hash
+from tpresearch.track.record import read_summary
 from tpresearch.train.preflight import preflight
 
 pytestmark = pytest.mark.cli
@@ -95,10 +97,13 @@ def test_first_weights_are_looked_for_only_where_a_run_begins(train: Start, tmp_
     of_run = [*TINY, f"init_from={tmp_path}/first", "hydra.run.dir=mine"]
     assert train(None, tmp_path, *TINY, "hydra.run.dir=first").code == 0
     assert train(None, tmp_path, *of_run).code == 0
+    began_with = read_summary(tmp_path / "mine")["initial_weights"]
+    assert began_with == weights_hash(f"{tmp_path}/first")
     shutil.rmtree(tmp_path / "first")
     assert train(None, tmp_path, *of_run, "train.steps=3").code == 0
     assert train(None, tmp_path, "resume=mine", "train.steps=4").code == 0
     assert [found.step for found in complete_checkpoints(tmp_path / "mine")] == [3, 4]
+    assert read_summary(tmp_path / "mine")["initial_weights"] == began_with
     for begins in (["hydra.run.dir=other"], ["resume=never"]):
         refused = train(None, tmp_path, *of_run, *begins)
         assert (refused.code, refused.refusal.partition(";")[0]) == (

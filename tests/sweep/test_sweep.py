@@ -344,6 +344,7 @@ def test_a_job_with_a_checkpoint_resumes_where_it_is(
 
 
 def test_a_job_resumes_in_its_folder_under_another_number_too(sweep: Sweep) -> None:
+    sweep.folder = sweep.folder.with_name("sweep.earlier-1")  # whose own name tells nothing of its jobs
     sweep.code = lambda job: 1
     sweep("parallel=none,tp")
     for job in sweep.started:

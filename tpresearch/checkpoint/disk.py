@@ -54,7 +54,7 @@ class Manifest:
     loss: float | None
     """train/loss of its last step."""
     experiment: dict[str, Any]
-    """The part of the config that determines the result: see `config.comparable`."""
+    """The part of the config that determines the result: see `config.comparable`; and `initial_weights`, a hash of init_from's."""
     steps: int
     """The step at which the run was to end."""
     corpus_hash: str

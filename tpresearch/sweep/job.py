@@ -142,7 +142,8 @@ def completed_runs(sweep_dir: Path) -> dict[str, list[CompletedRun]]:
 def begun_runs(sweep_dir: Path) -> dict[str, list[Path]]:
     """The folders below a sweep's in which a run has left a checkpoint, by signature; none that was set aside."""
     manifests = sweep_dir.rglob("checkpoints/step-*/checkpoint.json")
-    begun = {path.parents[2]: path for path in sorted(manifests) if EARLIER_SUFFIX not in str(path)}
+    own = (path for path in sorted(manifests) if EARLIER_SUFFIX not in str(path.relative_to(sweep_dir)))
+    begun = {path.parents[2]: path for path in own}
     found: dict[str, list[Path]] = {}
     for folder, manifest in begun.items():
         with suppress(*NO_RECORD):

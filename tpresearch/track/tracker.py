@@ -98,7 +98,7 @@ class Tracker:
     ) -> None:
         refuse_secrets(as_dict(cfg))
         self.name = cfg.logger.name or run_name(cfg, facts.mesh)
-        self._cfg, self._run_dir, self._facts, self._plan = cfg, run_dir, facts, plan
+        self._cfg, self._run_dir, self.facts, self._plan = cfg, run_dir, facts, plan
         self._console = console or Console(highlight=False)
         self._began, self._total_steps = time.monotonic(), total_steps
         self._ended, self._may_be_refused, self._next_steps = False, start_step > 0, next_steps
@@ -132,7 +132,7 @@ class Tracker:
             for row in record.read_metrics(self._run_dir):
                 self._wandb.log(row)
         if step:
-            ran_on = {"world_size": self._facts.world_size, "mesh": self._facts.mesh}
+            ran_on = {"world_size": self.facts.world_size, "mesh": self.facts.mesh}
             record.record_resumption(self._run_dir, {"step": step, **ran_on})
 
     def lacks_held_out_loss(self) -> bool:
@@ -222,7 +222,7 @@ class Tracker:
             "tokens": rows[-1]["train/tokens"] if rows else 0,
             "model": cfg.model.name,
             "parallel": cfg.parallel.name,
-            **asdict(self._facts),
+            **asdict(self.facts),
             "dtype": str(cfg.train.dtype),
             "weights": str(cfg.train.weight_dtype),
             "moments": str(cfg.optimizer.moment_dtype or cfg.train.weight_dtype),

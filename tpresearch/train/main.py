@@ -129,7 +129,8 @@ def train_on(
         found, *_ = on_all_ranks(lambda: found, group)
         restoring = partial(restore, found, group=group) if found else None
         loop = assemble(job, mesh, device, corpus, [*observers, *watching], restoring)
-        loop.saver = build_saver(job, run, corpus, loop.state.step, group)
+        initial = tracker.facts.initial_weights if tracker else None
+        loop.saver = build_saver(job, run, corpus, loop.state.step, group, initial)
         if world.rank == 0:
             tell_begun()
         loop.stop = AgreedStop(flag, lambda: loop.saver.written if loop.saver else 0)
@@ -199,12 +200,19 @@ def open_tracker(
         corpus.corpus_hash,
         corpus.unigram_entropy,
         corpus.tokenizer_hash,
-        weights_hash(job.cfg.init_from) if job.cfg.init_from and not found else None,
+        initial_weights(job.cfg.init_from, found),
         min(job.cfg.train.eval_rows, len(corpus.held_out)),
     )
     steps, after = total_steps(job.cfg), NextSteps(run.command, run.check_command)
     start = found[0].step if found else 0
     return Tracker(job.cfg, run.folder, facts, steps, start_step=start, plan=plan, next_steps=after)
+
+
+def initial_weights(init_from: str | None, found: list[Checkpoint]) -> str | None:
+    """The hash of the weights that a run begins with, or has begun with, by its newest checkpoint, if init_from named them."""
+    if found:
+        return found[0].manifest.experiment.get("initial_weights")
+    return weights_hash(init_from) if init_from else None
 
 
 def check_rows(corpus: AnyCorpus, job: Preflight) -> None:

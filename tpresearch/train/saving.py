@@ -28,9 +28,17 @@ log = logging.getLogger(__name__)
 
 
 def build_saver(
-    job: Preflight, run: Run, corpus: AnyCorpus, step: int, group: dist.ProcessGroup | None
+    job: Preflight,
+    run: Run,
+    corpus: AnyCorpus,
+    step: int,
+    group: dist.ProcessGroup | None,
+    initial_weights: str | None = None,
 ) -> Saver:
     """A saver that is ready for the steps after `step`. Collective.
+
+    Args:
+        initial_weights: on rank 0, the hash of those that the run has begun with, if init_from named them.
 
     Raises:
         ConfigError: if the run folder is not there for every rank, or cannot be written.
@@ -41,7 +49,7 @@ def build_saver(
         step=step,
         tokens=0,
         loss=None,
-        experiment=experiment_config(as_dict(cfg)),
+        experiment=experiment_config(as_dict(cfg)) | {"initial_weights": initial_weights},
         steps=total_steps(cfg),
         corpus_hash=corpus.corpus_hash,
         tokenizer_hash=corpus.tokenizer_hash,
