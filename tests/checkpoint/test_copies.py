@@ -19,7 +19,7 @@ from support.processes import wait_for
 from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from tpresearch.checkpoint.disk import complete_checkpoints, folder_of
+from tpresearch.checkpoint.disk import complete_checkpoints, folder_of, read_checkpoint
 from tpresearch.checkpoint.save import SaveFailed, Saver
 from tpresearch.config.schema import CheckpointConfig
 from tpresearch.train.finite import NonfiniteError
@@ -49,7 +49,7 @@ def test_it_is_of_its_step_whatever_the_next_steps_change_meanwhile(
         may_write.clear()
         state.step = step
         nn.init.constant_(layer.weight, step)
-        saver.save(state, 0, 1.0)
+        saver.save(state, 96 * step, 1.0)
         assert (saver.started, saver.written) == (step, step - 1)
         nn.init.constant_(layer.weight, 9)
         may_write.set()
@@ -57,6 +57,8 @@ def test_it_is_of_its_step_whatever_the_next_steps_change_meanwhile(
         saver.commit_written(step - 1)  # as some rank has not written it
         assert [found.step for found in complete_checkpoints(tmp_path)] == list(range(1, step))
         saver.commit_written(step)
+        manifest = read_checkpoint(folder_of(tmp_path, step)).manifest
+        assert (manifest.tokens, manifest.loss) == (96 * step, 1.0)
         assert on_disk(folder_of(tmp_path, step))["model.weight"].unique().tolist() == [step]
     assert [found.step for found in complete_checkpoints(tmp_path)] == [1, 2]
     assert (tmp_path / "metrics.jsonl").stat().st_ino in synced, "no crash takes the rows of its steps alone"

@@ -141,6 +141,10 @@ def test_the_newest_and_milestones_stay(tmp_path: Path) -> None:
     assert [c.step for c in disk.complete_checkpoints(tmp_path)] == [20, 40, 50, 60]
     disk.prune(tmp_path, keep=1, keep_every=None)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000060"]
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step)
+    disk.prune(tmp_path, keep=1, keep_every=None)
+    assert [c.step for c in disk.complete_checkpoints(tmp_path)] == [100_000_000], "by number, not by name"
 
 
 def test_a_broken_folder_does_not_count_among_those_that_are_kept(tmp_path: Path) -> None:

@@ -209,12 +209,17 @@ def test_tensors_are_read_one_by_one_without_ranks(tmp_path: Path) -> None:
         list(read_tensors(folder, ["model.x"]))
 
 
-def test_a_file_that_has_changed_is_not_loaded_nor_tensors_of_another_shape(tmp_path: Path) -> None:
+def test_a_file_that_has_changed_is_not_loaded_nor_tensors_of_another_shape(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cfg = config("parallel=none", "model=toy_mlp")
     alone(cfg, 1, run=tmp_path, at=1)
     saved = folder_of(tmp_path, 1)
     with pytest.raises(ConfigError, match=r"\[260, 64\] in it and \[260, 32\] here"):
         alone(config("parallel=none", "model=toy_mlp", "model.dim=32"), 0, saved)
+    with pytest.raises(ConfigError, match=r"state of embed\.weight, which this model lacks"):
+        alone(config("parallel=none", "model=llama2_debug"), 0, saved)
+    assert caplog.text.count(f"{saved} cannot be loaded: ") == 2
     content = bytearray((saved / "__0_0.distcp").read_bytes())
     content[len(content) // 2] ^= 1
     (saved / "__0_0.distcp").write_bytes(content)

@@ -118,6 +118,7 @@ REFUSED = [
     ("--config-name trane", "--config-name=trane: no such config; one of ", ""),
     ("--steps 3", "flags=--steps: not understood; key=value overrides, then flags; see --hydra-help", None),
     ("~logger --steps", "flags=--steps: not understood; key=value overrides, then flags; see --hydra-help", "logger=none"),
+    ("hydra.output_subdir=..", "hydra.output_subdir=..: Hydra's record of the config is kept inside", ""),
     ("hydra.output_subdir=../x", "hydra.output_subdir=../x: Hydra's record of the config is kept inside", ""),
     ("hydra.run.dir=/dev/null/x", "hydra.run.dir=/dev/null/x: cannot be written: Not a directory; ", None),
     ("name=too_few_ranks", "mesh.tp=2: cannot divide 1; 1, or 2 ranks", "name=too_few_ranks"),

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import IO, Self
+from unittest.mock import Mock
 
 import pytest
 from filelock import FileLock
@@ -167,6 +168,14 @@ def test_a_folder_with_a_checkpoint_is_gone_on_with_unless_the_config_says_never
     with run_dir.agree_on_folder(composed("mine", "never"), World()):
         assert there(tmp_path / "mine") == {".lock", "notes.txt"}
     assert (tmp_path / "mine.earlier-1" / "checkpoints" / "step-00000003").is_dir()
+    leave(tmp_path / "mine", "checkpoints/step-00000003/checkpoint.json")  # alone
+    assert agree("mine", resume="never") == "mine"
+    assert (tmp_path / "mine.earlier-2" / "checkpoints" / "step-00000003").is_dir()
+
+
+def test_a_disk_without_locks_has_runs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=NotImplementedError))
+    assert agree("mine") == "mine"
 
 
 def test_whether_a_run_may_resume_is_told_before_its_folder_is_agreed_on(

@@ -131,16 +131,16 @@ class Loop:
             finite.record(state.step, result)
             stops, last = self.stops(), state.step == setup.steps
             evaluates = self.evaluates_at(state.step) and not stops
-            saves = self.saver is not None and (stops or last or self.saver.is_due(state.step))
+            due = self.saver is not None and self.saver.is_due(state.step)
             loss = None
-            if evaluates or saves or stops or state.step % train.log_every == 0:
+            if evaluates or due or stops or state.step % train.log_every == 0:
                 row = self._row(result, finite)
                 loss = row["train/loss"]
                 if evaluates:
                     row["val/loss"] = self.evaluate()
                 yield row
             ends = last or self.stopped_by is not None
-            if self.saver and (saves or ends):  # after the row, which is never behind the checkpoint
+            if self.saver and (due or ends):  # after the row, which is never behind the checkpoint
                 with setup.observers.phase("pause"):
                     self.saver.save(state, state.step * setup.tokens_per_step, loss, last=ends)
             taken += 1
@@ -149,8 +149,6 @@ class Loop:
                     gc.collect()
                     if taken == 2:
                         gc.freeze()  # all that stays is there: no later collection goes through it again
-        if self.saver:
-            self.saver.finish()
         if self.stop:
             self.stop.settle()
 
