@@ -54,6 +54,10 @@ NOTED = [
     ("parallel=none world_size=4", 1, None),
     ("parallel=none gpus=4", 1, "... has no effect: it is an option of python -m tpresearch.planner"),
     ("parallel=none trace=true", 1, "... has no effect: it is an option of python -m tpresearch.simulate; profiler=trace"),
+    ("+cluster=h100_dgx trace=true gpus=4 resume=auto", 1, None),
+    ("+cluster=h100_dgx resume=x init_from=y", 1, "resume=x and init_from=y have no effect: a simulated step has no weights"),
+    ("+cluster=h100_dgx tokenizer=hf tokenizer.path=y init_from=y", 1, None),
+    ("parallel=none init_from=y resume=x", 1, None),
     ("parallel=none verify.plans=[] verify.steps=7", 1, "... has no effect: python -m tpresearch.verify reads it"),
 ]  # fmt: skip
 

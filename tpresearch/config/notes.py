@@ -106,7 +106,11 @@ def _unused(cfg: Config, sizes: MeshSizes) -> Iterator[tuple[tuple[str, ...], st
         yield both, "there is one data-parallel rank"
     if used_axes(parallel) and cfg.world_size not in (None, sizes.world):
         yield ("world_size",), f"torchrun has started {sizes.world} ranks"
-    if not cfg.cluster:
+    if cfg.cluster:
+        tells_sizes = cfg.model.name == "hf" or cfg.tokenizer.kind is TokenizerKind.hf
+        keys = ("resume",) if tells_sizes else ("resume", "init_from")
+        yield keys, "a simulated step has no weights"
+    else:
         yield ("gpus",), "it is an option of python -m tpresearch.planner"
         yield ("trace",), "it is an option of python -m tpresearch.simulate; profiler=trace"
     of_verify = ("verify.plans", "verify.world_size", "verify.steps", "verify.integers")
