@@ -38,6 +38,7 @@ from tpresearch.planner.report import (
     training_command,
     why_slower,
 )
+from tpresearch.simulate import depth
 from tpresearch.simulate.cluster import Cluster, parse_cluster
 from tpresearch.simulate.compiled_blocks import CompiledBlock
 from tpresearch.simulate.depth import Recording, recording
@@ -110,6 +111,36 @@ def test_of_a_single_micro_batch_that_replicas_sum_nothing_is_added_to(plan: str
     assert found.prediction.peak_bytes == real.peak_bytes
 
 
+def test_of_two_micro_batches_the_second_holds_what_replicas_sum() -> None:
+    """Three are recorded, whose tokens it holds; the last sums. A plan holds most while it does."""
+    cfg = config("model=llama2_debug", "parallel=ddp", "train.dtype=bfloat16")
+    family = at_rows(cfg, 1, 8)
+    sizes = validate(family, 2)
+    *_, found, _ = ranking._predict_each_micro_batch(
+        Candidate(family, sizes), recording(family, sizes), cluster()
+    )
+    assert micro_batches(found.candidate.cfg, sizes) == 2
+    real = predict(recording(found.candidate.cfg, sizes), cluster())
+    tokens = 2 * cfg.data.seq_len
+    assert found.prediction.peak_bytes == real.peak_bytes + 2 * tokens * 8
+
+
+def test_where_shallow_models_do_not_tell_of_a_deep_one_the_best_is_that_of_the_simulator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here what the first blocks wait for the link hides launches of the others."""
+    words = ["model=llama2_debug", "model.n_layers=5", "model.dim=256", "tokenizer.vocab_size=32000"]
+    cfg = config(*words, "train.dtype=bfloat16", "train.global_batch_size=4")
+    slow = cluster(intra_gb_s=25)
+    plans = [one for one in candidate_plans(cfg, 2, slow) if "=fsdp" in str(one.overrides)]
+    monkeypatch.setattr(ranking, "candidate_plans", lambda *_: iter(plans[:1]))
+    best = rank(cfg, 2, slow).fits[0]
+    told = predict(recording(best.candidate.cfg, best.candidate.sizes), slow, check=False)
+    real = predict(recording(best.candidate.cfg, best.candidate.sizes), slow)
+    assert abs(told.step_time_s / real.step_time_s - 1) > 0.005
+    assert best.prediction.step_time_s == real.step_time_s
+
+
 @pytest.mark.parametrize(
     ("plans", "kind"),
     [
@@ -137,7 +168,7 @@ def test_a_block_is_compiled_once_for_plans_whose_data_axes_differ(
         asked.append(sizes)
         return known[0].block
 
-    def ask(family: Candidate, known: Recording, _: Cluster) -> list[CompiledBlock]:
+    def ask(family: Candidate, known: Recording, *_: object) -> list[CompiledBlock]:
         return [known.compiler(family.cfg, family.sizes)]
 
     monkeypatch.setattr(ranking, "_predict_each_micro_batch", ask)
@@ -359,8 +390,32 @@ def test_overrides_of_what_the_planner_chooses_are_named() -> None:
     used = ["gpus=4", "model=llama2_debug", "parallel.compile=true", "train.seed=1"]
     said = not_used([*used, *chosen])
     assert said
-    assert said.startswith(f"not used, since the planner chooses it for gpus: {' '.join(chosen)}; ")
+    assert said.startswith(f"not used, since the planner compares plans for gpus: {' '.join(chosen)}; ")
     assert not_used(used) is None
+
+
+def test_a_trace_is_of_one_plan() -> None:
+    """It is neither drawn here nor passed on to the training, and on one device there is no tensor parallelism to weigh."""
+    ranked = rank(config("model=llama2_debug", "train.global_batch_size=2"), 1, cluster())
+    best, typed = ranked.fits[0].candidate, ["trace=true", "gpus=1", "model=llama2_debug"]
+    assert "trace" not in str(training_command(best, typed, cluster(), MeshConfig(), {}))
+    said = not_used(typed)
+    assert said
+    assert said.startswith("not used, since the planner compares plans for gpus: trace=true; for one plan, ")
+    (about,) = advice(ranked, 1, "llama2_debug")
+    assert about.startswith("on one device there is nothing to shard")
+
+
+def test_a_model_of_very_many_ops_is_said_to_take_long(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is recorded at few blocks by what these run."""
+    cfg = config("model=llama2_debug", "model.n_layers=40", "parallel=none", "train.micro_batch_size=1")
+    for most, says in ((1000, False), (100, True)):
+        monkeypatch.setattr(depth, "MANY_OPS", most)
+        caplog.clear()
+        recording(cfg, validate(cfg, 1))
+        assert ("recorded one by one, which takes long" in caplog.text) is says
 
 
 def test_rules_without_sequence_parallelism_are_used_where_there_are_no_others() -> None:

@@ -61,6 +61,8 @@ class Probe:
     """Names of modules in the order in which they were called, one per call."""
     changed_outputs: set[str] = field(default_factory=set)
     """Modules that return a view, which is changed in place afterwards."""
+    ops: int = 0
+    """Number of ops that it ran."""
 
     @property
     def may_branch(self) -> bool:
@@ -126,7 +128,7 @@ class _ProbeMode(TorchDispatchMode):
         """Of functions: by which module, of which, and for how many elements."""
         self.draws: list[tuple[str, str]] = []
         """By which module, and in a call of which function."""
-        self._layers_called = 0
+        self._ops = self._layers_called = 0
         self._shapes: dict[str, tuple[Shapes, Shapes, int]] = {}
         self._views: list[tuple[str, Tensor, int]] = []
         """Outputs of modules, and how often each was changed in place before it was returned."""
@@ -167,11 +169,12 @@ class _ProbeMode(TorchDispatchMode):
             found.draws.setdefault(module, {})[function] = calls
         found.changed_outputs.update(name for name, view, version in self._views if view._version != version)
         changed = tuple(changed_buffers(model, self._buffers))
-        return replace(found, output=output.shape, head=head, changed_buffers=changed)
+        return replace(found, output=output.shape, head=head, changed_buffers=changed, ops=self._ops)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self._ops += 1
         reader = self.running[-1] if self.running else None
         if torch.Tag.nondeterministic_seeded in func.tags and reader is not None:
             self.draws.append((reader, ""))

@@ -27,8 +27,8 @@ OWN_DEFAULTS = ("model", "data", "tokenizer")
 CHOSEN_KEYS = ("world_size", "mesh", "train.micro_batch_size")
 PLAN_KEYS = ("parallel", "parallel.tensor", "parallel.data", "parallel.activation_checkpointing")
 """Keys that the planner chooses."""
-PLANNER_KEYS = (*CHOSEN_KEYS, "gpus", "cluster", "hydra")
-"""Those, and keys that only it reads, but for hydra.searchpath."""
+PLANNER_KEYS = (*CHOSEN_KEYS, "gpus", "cluster", "trace", "hydra")
+"""Those, and keys that no training reads, but for hydra.searchpath."""
 
 
 def report(ranking: Ranking, name: str, gpus: int, cluster: str, command: Command | None) -> str:
@@ -70,6 +70,10 @@ def advice(ranking: Ranking, gpus: int, name: str) -> Sequence[str]:
         )
         enough = f"; {ranking.enough:,} would hold its state" if ranking.enough else ""
         return [f"{name} does not fit on {_devices(gpus)}{held}{enough}"]
+    if gpus == 1:
+        return [
+            "on one device there is nothing to shard: checkpointing and the micro-batch are left to choose"
+        ]
     plain, tensor = ranking.best(tensor=False), ranking.best(tensor=True)
     if plain is None:
         return [
@@ -89,10 +93,10 @@ def advice(ranking: Ranking, gpus: int, name: str) -> Sequence[str]:
 
 def not_used(typed: Sequence[str]) -> str | None:
     """A sentence that names the overrides of the planner's command whose keys it chooses itself, if there are any."""
-    words = [word for word in typed if _changes(word, CHOSEN_KEYS)]
+    words = [word for word in typed if _changes(word, (*CHOSEN_KEYS, "trace"))]
     if not words:
         return None
-    return f"not used, since the planner chooses it for gpus: {shlex.join(words)}; for one plan, python -m tpresearch.simulate"
+    return f"not used, since the planner compares plans for gpus: {shlex.join(words)}; for one plan, python -m tpresearch.simulate"
 
 
 def _changes(word: str, branches: Sequence[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -27,12 +28,17 @@ from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.trace import Trace
 from tpresearch.train.speed import flops_per_token
 
+log = logging.getLogger(__name__)
+
 RECORDED_DEPTHS = (2, 3)
 """Each is the first of a pair of depths to extrapolate from; the next one is tried if the first does not hold."""
 CHECKED_DEPTH = 4
 """Up to this depth the whole model is recorded."""
 TOLERANCE = 0.002
 """Relative difference between an extrapolation and a recording above which the extrapolation does not hold."""
+
+MANY_OPS = 20_000
+"""Ops of a recorded forward above which recording takes minutes; 4 blocks of a Llama2 run 400."""
 
 RecordStep = Callable[[Config, MeshSizes, frozenset[Call]], Trace]
 CompileBlock = Callable[[Config, MeshSizes], CompiledBlock]
@@ -142,6 +148,10 @@ def recording(cfg: Config, sizes: MeshSizes, recorder: RecordStep = record) -> R
     model = meta_model(cfg.model, weight_dtype(cfg.train))
     depth, setting = depth_of(cfg, model)
     probe = probe_model(model, _inputs(cfg, micro_batch_size(cfg, sizes)), cfg)
+    ops = probe.ops * min(depth, CHECKED_DEPTH) // depth if setting else probe.ops
+    if ops > MANY_OPS:
+        what = "a forward of %s runs %s ops, recorded one by one, which takes long; less with fewer than data.seq_len=%d"
+        log.warning(what, cfg.model.name, f"{ops:,}", cfg.data.seq_len)
     flops = flops_per_token(model, cfg.data.seq_len, causal=False, probe=probe)
     return Recording(cfg, sizes, depth, setting, flops, recorder, compiled_block)
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from tpresearch.ledger.entries import MEMORY_KINDS
 from tpresearch.ledger.memory import MemoryLedger
-from tpresearch.simulate.trace import Change
+from tpresearch.simulate.trace import Change, of_fewer
 
 propagating: list[None] = []
 """Not empty while DTensor runs an op on shapes of full tensors, to infer its output: not part of a step, so not recorded."""
@@ -114,7 +114,7 @@ def peak_moment(by_moment: Mapping[str, float], micro_batches: int | None = None
     """Bytes by kind at the moment that holds most.
 
     Args:
-        micro_batches: their number; those recorded beyond it do not count. None for all that were recorded.
+        micro_batches: their number; of more that were recorded, those of `of_fewer` count. None for all that were recorded.
     """
     moments: dict[str, dict[str, float]] = {}
     for name, size in by_moment.items():
@@ -123,8 +123,13 @@ def peak_moment(by_moment: Mapping[str, float], micro_batches: int | None = None
     if micro_batches:
         place = {moment: int(moment.split()[0]) for moment in moments}
         last = max(number for moment, number in place.items() if moment.split()[1] == "forward")
-        later = range(micro_batches * PHASES_OF_A_MICRO_BATCH, last + PHASES_OF_A_MICRO_BATCH)
-        moments = {moment: held for moment, held in moments.items() if place[moment] not in later}
+        recorded = range(0, last + 1, PHASES_OF_A_MICRO_BATCH)
+        left_out = {
+            first + i
+            for first in {*recorded} - {*of_fewer(recorded, micro_batches)}
+            for i in range(PHASES_OF_A_MICRO_BATCH)
+        }
+        moments = {moment: held for moment, held in moments.items() if place[moment] not in left_out}
     return max(moments.values(), key=lambda held: sum(held.values()))
 
 
