@@ -17,6 +17,7 @@ from tpresearch.ledger.communication import CommunicationLedger
 from tpresearch.parallel.device import CPU
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.reducer import GradientReducer
+from tpresearch.train.step import train_step
 from tpresearch.verify.ranks import Ranks
 
 LAYERS = 3
@@ -45,6 +46,27 @@ def test_units_are_summed_while_backward_goes_on() -> None:
     }  # the output layer before them
     assert of_units == LAYERS + 2
     assert sum(event.tensor_bytes for event in ledger.events) == sum(gradients)
+
+
+def test_sums_of_a_step_that_is_interrupted_are_not_those_of_the_next() -> None:
+    def interrupt(_: nn.Module, args: Any, output: Tensor) -> None:
+        def raise_(_: Tensor) -> None:
+            raise KeyboardInterrupt
+
+        output.register_hook(raise_)
+
+    cfg = config("model=llama2_debug", "parallel=ddp", f"model.n_layers={LAYERS}")
+    norms: list[float] = []
+    for is_interrupted in (False, True):
+        with assembled(cfg, ranks_of_a_host(4), FAKE) as loop:
+            if is_interrupted:
+                other = loop.batches.batch(step=1, dp_size=4)
+                hook = loop.state.model.get_submodule("layers.0").register_forward_hook(interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    train_step(loop.state, other, loop.setup)
+                hook.remove()
+            norms += [loop.step().grad_norm.item() for _ in range(2)]
+    assert norms[:2] == norms[2:]
 
 
 class Net(nn.Module):

@@ -68,6 +68,10 @@ class GradientBucket:
         for parameter, shape, part in zip(self._trained, self._shapes, parts, strict=True):
             if parameter not in self._lacking or (self._may_branch and not is_no_gradient(part)):
                 parameter.grad = _as_gradient_of(parameter, part.view(shape).to(parameter.dtype))
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, whatever has been started."""
         self._sum, self.pending = None, len(self._trained)
 
 
@@ -152,6 +156,12 @@ class GradientReducer:
             self._start_next()
         for bucket in self._buckets:
             bucket.finish()
+        self._started = 0
+
+    def forget(self) -> None:
+        """Drop the sums of a backward that is not finished; the next would take them for its own."""
+        for bucket in self._buckets:
+            bucket.forget()
         self._started = 0
 
 

@@ -94,12 +94,15 @@ def train_step(state: TrainState, batch: Batch, setup: Setup) -> StepResult:
 
 @contextmanager
 def _no_gradients_left(state: TrainState) -> Iterator[None]:
-    """Drops the gradients of a step that is not finished, such as one that is interrupted in a notebook: the next would add to them."""
+    """Drops the gradients, and the sums over replicas, of a step that is not finished, such as one that is interrupted in a
+    notebook: the next would add to them."""
     try:
         yield
     except BaseException:
         state.optimizer.zero_grad()
         state.model.zero_grad()  # of a bfloat16 copy, which its master would get
+        if state.reducer:
+            state.reducer.forget()
         raise
 
 
