@@ -351,6 +351,8 @@ def test_on_a_cpu_sums_of_gradients_over_replicas_go_on_beside_backward() -> Non
         found = replay([part, []], 1, here, 2)
         busy = found["gemm"] + sum(seconds for name, seconds in found.items() if name.startswith("exposed"))
         assert found["step"] == pytest.approx(busy + found["stragglers"])
+        sums = sum(kernel.name == "all_reduce" for kernel in part)
+        assert found["sent/dp_replicate/backward/fsdp/all_reduce"] == pytest.approx(2.0 * sums)
         return found["step"]
 
     assert step_s(summed, work(3.0)) == pytest.approx(4.0 * 1.1)

@@ -100,15 +100,17 @@ class Streams:
         alone_s = sent_s(work * max(1.0, slower), network)
         if event.collective == "reduce_scatter":
             self.pending_reduce_scatter = event
+        seconds = alone_s
         if self._goes_on_beside(event):
             free = max(self.device_s, self.pending_all_reduce[0] if self.pending_all_reduce else 0.0)
             self.pending_all_reduce, seconds = (free + alone_s, event), work * slower
             self.beside_network_s += network
         else:
             self.network_s += network
-            seconds = alone_s
+        hidden_s = alone_s - seconds
         seconds += self.cluster[self._host_time(event)] * 1e-6 * self.slowdown
         self._record(kernel, "cpu", self.device_s, seconds)
+        self.seconds[f"sent/{collective_key(event)}"] += hidden_s  # or waited for at the end
         self.seconds[f"exposed/{collective_key(event)}"] += seconds
         self.device_s += seconds
 
