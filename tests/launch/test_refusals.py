@@ -83,6 +83,7 @@ REFUSED = [
     ("train.steps=[", "train.steps=[: cannot be read (no viable alternative at input '['); ", ""),
     ("train.steps", "train.steps=: an override needs a value; train.steps=VALUE", ""),
     ("=3", "=3: an override needs a key; key=value", ""),
+    ("+optimizer._target_=a.B", "optimizer._target_=a.B: no such key; models and sharding styles have one (docs/plans.md); an optimizer ", ""),
     ("train.steps=1,2", "train.steps=1,2: several values are a sweep; -m before ", "-m train.steps=1,2"),
     ("name=${nam}", "name=${nam}: nam does not exist; nearest is ${name}", ""),
     ("name=${mesh.tpp}", "name=${mesh.tpp}: mesh.tpp does not exist; nearest is ${mesh.tp}", ""),
@@ -232,6 +233,10 @@ def test_wrong_config_files_are_named_with_the_override_that_chose_them(
         "error: experiment=other_key: experiment/other_key.yaml sets train.stepz, which does not"
     )
     assert "; nearest is train.steps; try: " in other_key
+    own_class = warm_python(extra_configs, "optimizer=muon").err
+    assert own_class.startswith(
+        "error: optimizer=muon: optimizer/muon.yaml sets optimizer._target_, which does not exist; models and "
+    )
     torn = warm_python(extra_configs, "experiment=torn").err
     assert torn.startswith("error: experiment=torn: not YAML at line 3, column 1 of ")
     unset = warm_python(extra_configs, "model=unset").err

@@ -53,11 +53,13 @@ def extra_configs(tmp_path: Path) -> str:
     folder = tmp_path / "mine"
     (folder / "experiment").mkdir(parents=True)
     (folder / "model").mkdir()
+    (folder / "optimizer").mkdir()
     head = "# @package _global_\n"
     (folder / "experiment" / "short.yaml").write_text(f"{head}train: {{steps: 7}}\n")
     (folder / "experiment" / "other_model.yaml").write_text(f"{head}defaults:\n  - override /model: llama9\n")
     (folder / "experiment" / "other_key.yaml").write_text(f"{head}train: {{stepz: 4}}\n")
     (folder / "experiment" / "torn.yaml").write_text(f"{head}train: {{steps: [4\n")
+    (folder / "optimizer" / "muon.yaml").write_text("_target_: mine.Muon\nlr: 0.02\n")
     (folder / "model" / "unset.yaml").write_text("name: unset\n_target_: a.B\ndim: ???\n")
     return f"hydra.searchpath=[file://{folder}]"
 

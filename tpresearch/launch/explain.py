@@ -78,6 +78,12 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
     return _wrong_value(cause, composition)
 
 
+OWN_CLASSES = (
+    "models and sharding styles have one (docs/plans.md); an optimizer of your own, and a loop around the step, are set "
+    "in Python (docs/python.md)"
+)
+
+
 def _unknown_key(key: str, value: object, composition: Composition) -> ConfigError:
     known = {**composition.values_without(key), **dict.fromkeys(composition.groups())}
     with_plus = f"+ before it: +{key}=VALUE", {key: None, f"+{key}": value}
@@ -94,6 +100,8 @@ def _unknown_key(key: str, value: object, composition: Composition) -> ConfigErr
     siblings = [name for name in known if name.rpartition(".")[0] == branch]
     if not siblings and branch.startswith("hydra.") and isinstance(known[branch], dict):
         return ConfigError(key, value, f"{branch} has no keys yet", *with_plus)
+    if key.endswith("._target_"):
+        return ConfigError(key, value, "no such key", OWN_CLASSES)
     if near := close_names(key, known):
         legal = f"nearest is {near[0]}" if len(near) == 1 else f"nearest are {', '.join(near)}"
         return ConfigError(key, value, why, legal, fix={key: None, near[0]: value})
@@ -205,6 +213,7 @@ def _wrong_in_file(file: str, error: OmegaConfBaseException, composition: Compos
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         best = closest_name(str(error.full_key), composition.values_without(field))
         why, legal = ", which does not exist", f"nearest is {best}" if best else "a key of `--cfg job`"
+        legal = OWN_CLASSES if str(error.full_key).endswith("._target_") else legal
     else:
         reason, legal = reason_for_value(_first_line(str(error)))
         why = f": {reason}"
