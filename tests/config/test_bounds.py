@@ -11,6 +11,7 @@ import pytest
 from support.composed import config
 
 from tpresearch.config import ConfigError
+from tpresearch.config.errors import first_line
 from tpresearch.config.schema import ComposedConfig
 from tpresearch.config.values import Within, check_bounds, declared
 
@@ -83,3 +84,8 @@ def test_a_bound_is_said_in_words() -> None:
     }
     said |= {"optimizer.betas": "a number from 0 to below 1", "optimizer.momentum": "a number from 0 to 1"}
     assert {key: str(FIELDS[key]) for key in said} == said
+
+
+def test_an_error_of_one_long_line_is_cut_where_it_is_told_in_a_table() -> None:
+    assert first_line(ValueError("\nshort one\nand more")) == "short one"
+    assert first_line(ValueError("x" * 9000)) == "x" * 1000 + "..."

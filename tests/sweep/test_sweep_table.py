@@ -128,6 +128,7 @@ TRACEBACK = "Traceback (most recent call last):\n    File x\n  torch.OutOfMemory
         ),
         ("x\nKeyError: 'a'\n", {"error": "KeyError: 'b'"}, "KeyError: 'b'"),
         ("Traceback\nKeyError: 'a'\n", {}, "KeyError: 'a'"),
+        (f"Traceback\nKeyError: {'a' * 5000}\n", {}, f"KeyError: {'a' * 990}..."),
         ("nothing\n", {}, "exit code 1"),
     ],
 )

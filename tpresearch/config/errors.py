@@ -99,15 +99,23 @@ def refuse_unwritable(field: str, folder: object, fix: Fix = None) -> Iterator[N
         raise ConfigError(field, folder, why, WRITABLE, fix=fix) from None
 
 
+MAX_LINE = 1000
+
+
 def one_line(error: BaseException) -> str:
     """An exception's message, on one line; of one without a message, the name of its class."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message; of one without a message, the name of its class."""
+    """The first line of an exception's message, no longer than one can read; of one without a message, the name of its class."""
     lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)
+    return readable(next(filter(None, lines), type(error).__name__))
+
+
+def readable(line: str) -> str:
+    """A line, cut where it is longer than a table or a report could show."""
+    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE].rstrip()}..."
 
 
 NO_PLACE = "its forward"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tpresearch.config.errors import readable
 from tpresearch.sweep.job import CONSOLE_LOG, STOPPED_CODE, Job
 from tpresearch.track.record import read_record
 
@@ -79,12 +80,12 @@ def _find_cause(job: Job, code: int, summary: dict[str, Any]) -> tuple[str, Path
             causes.append((when[1] if when else "", str(named[-1]).strip(), path))
     if causes:
         _, cause, path = min(causes)
-        return cause, path
+        return readable(cause), path
     if summary.get("error"):
         return str(summary["error"]), main
     for path, text in logs.items():
         if named := EXCEPTION_LINE.findall(text):
-            return str(named[-1]).strip(), path
+            return readable(str(named[-1]).strip()), path
     return (f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"), main
 
 
