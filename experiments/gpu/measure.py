@@ -55,6 +55,9 @@ STAGES: dict[str, tuple[float, list[str]]] = {
                 str(ROOT / "tests" / "train" / "test_draws_on_shards.py"),
                 str(ROOT / "tests" / "train" / "test_randomness.py"),
                 str(ROOT / "tests" / "commands" / "test_cuda_runs.py"),
+                str(ROOT / "tests" / "parallel" / "test_gradient_sums.py"),
+                str(ROOT / "tests" / "train" / "test_split_masters.py"),
+                str(ROOT / "tests" / "simulate" / "test_calibrate_links.py"),
             ),
             # Small models: all fit beside each other.
             *(["-n", "6", "--dist", "load"] if find_spec("xdist") else []),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import date
 from pathlib import Path
 
 import pytest
-from gpu import foresee, report, training
+from gpu import foresee, measure, report, training
 from held_to_gpu import measure as held_to_gpu
 from support.commands import ROOT
 from support.processes import runs, wait_for
@@ -58,6 +59,13 @@ def test_it_runs_on_a_cpu_with_tiny_sizes(tmp_path: Path) -> None:
     assert {"matmul", "pointwise"} <= profiled["classes"].keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs.txt", "measured.yaml", "results.jsonl"]
     assert "and simulate with cluster=measured" in (tmp_path / "logs.txt").read_text()
+
+
+def test_all_tests_that_need_a_card_are_among_its_stages() -> None:
+    marked = re.compile(r"\b(on_card\(|pytest\.mark\.gpu\b)")
+    tests = (path for path in (ROOT / "tests").glob("*/test_*.py") if marked.search(path.read_text()))
+    _, command = measure.STAGES["correctness"]
+    assert sorted(map(str, tests)) == sorted(word for word in command if word.startswith(str(ROOT / "tests")))
 
 
 def test_the_cards_of_the_readme_are_compared_with_predictions_by_default(
