@@ -104,6 +104,11 @@ def test_from_an_older_checkpoint_than_the_newest_the_record_continues_after_tha
     track: Callable[..., Tracker], run_dir: Path
 ) -> None:
     train(track())
+    with (run_dir / "metrics.jsonl").open("ab") as file:
+        file.write(
+            b"\xff\n"
+        )  # damage, as by a crash of the host, neither keeps a run from resuming nor is dropped
+    (run_dir / "resumed.json").write_text("[{")
     resumed = track(start_step=STEPS, plan="another")
     resumed.resume_from(4)
     resumed.finish("failed")
@@ -112,8 +117,9 @@ def test_from_an_older_checkpoint_than_the_newest_the_record_continues_after_tha
     found = read_summary(run_dir)
     assert (found["steps"], found["resumed"]) == (4, [{"step": 4, "world_size": 4, "mesh": FACTS.mesh}])
     assert [r["train/step"] for r in read_metrics(run_dir)] == [1, 2, 3, 4]
-    cut = (run_dir / "metrics.cut.jsonl").read_text().splitlines()
+    *cut, damaged = (run_dir / "metrics.cut.jsonl").read_bytes().splitlines()
     assert [json.loads(line)["train/step"] for line in cut] == [5, 6, 7, 8]
+    assert damaged == b"\xff"
 
 
 @pytest.mark.parametrize(("plan", "speed"), [("the plan", 6007.0), ("another", None)])

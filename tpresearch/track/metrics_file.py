@@ -98,7 +98,8 @@ def truncate_rows(folder: Path, step: int) -> None:
     kept: list[str] = []
     cut: list[str] = []
     last = 0
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    damaged = "surrogateescape"  # bytes that are no text stay what they are
+    for line in path.read_text(encoding="utf-8", errors=damaged).splitlines() if path.exists() else ():
         of = _step_of(line)
         if of is not None and last < of <= step:
             kept.append(f"{line}\n")
@@ -106,7 +107,7 @@ def truncate_rows(folder: Path, step: int) -> None:
         else:
             cut.append(f"{line}\n")
     if cut:
-        with (folder / "metrics.cut.jsonl").open("a", encoding="utf-8") as file:
+        with (folder / "metrics.cut.jsonl").open("a", encoding="utf-8", errors=damaged) as file:
             file.writelines(cut)
             file.flush()
             os.fsync(file.fileno())

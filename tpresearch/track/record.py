@@ -29,20 +29,20 @@ YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """The rows of a run by step, without any that was half written.
+    """The rows of a run by step, without any that was half written or is damaged.
 
     A row replaces all before it that are not of earlier steps: where a run resumed from a checkpoint, rows that it
     had logged after that checkpoint do not count.
 
     Raises:
         OSError: as opening a file does.
-        ValueError: for what is no text, and for a row without a number as its step.
+        ValueError: for a row without a number as its step.
     """
     path = folder / "metrics.jsonl"
     rows: list[Row] = []
     if not path.is_file():
         return rows
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
         for line in iter(partial(file.readline, MAX_BYTES), ""):  # in pieces if longer than any row
             try:
                 row = json.loads(line)
@@ -182,7 +182,10 @@ def record_resumption(folder: Path, entry: Mapping[str, Any]) -> None:
 
 def read_resumptions(folder: Path) -> list[dict[str, Any]]:
     path = folder / "resumed.json"
-    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    try:
+        found: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else []
+    except ValueError:  # damaged: it is a record, and no run depends on it
+        return []
     return found
 
 
