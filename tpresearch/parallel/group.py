@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -30,6 +31,7 @@ JOIN_S, LOG_JOIN_AFTER_S = 2 * 60 * 60, 30
 REJOIN_S, STOPPED_S = 2 * TIMEOUT.seconds, 2 * 60
 """How long for one that has been there before, and may be in a collective until that times out; and for one that a signal has stopped."""
 ABORT_S = 10
+LET_GO_S = 0.05
 POLL_S = 0.05
 """Seconds between polls. A wait at the store would log a warning each time it ends without an answer."""
 ANNOUNCE_KEY, ANSWER_KEY, MET_KEY = "tpresearch/here", "tpresearch/answer", "tpresearch/met"
@@ -64,6 +66,8 @@ def process_group(device: Device, world: World, check: Callable[[], object] = la
         torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions alone, in float32
     if device.backend == "gloo":
         keep_freed_memory()  # before it starts threads
+        atexit.unregister(_let_go)
+        atexit.register(_let_go)
     print_exception = sys.excepthook
     dist.init_process_group(device.backend, timeout=TIMEOUT, **options)
     if not world.elastic:
@@ -79,6 +83,12 @@ def process_group(device: Device, world: World, check: Callable[[], object] = la
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _let_go() -> None:
+    """Leave Python's lock for a moment to gloo's threads, which take it to let go of the tensors that they have sent. One that still
+    waits for it when Python ends is ended in a way that ends the process by SIGABRT (Python before 3.14; torch 2.13)."""
+    time.sleep(LET_GO_S)
 
 
 def abort_group() -> None:
