@@ -87,7 +87,8 @@ class NodeAgent:
     def _agent(self, node: submitit.JobEnvironment) -> list[str]:
         agent = ["-m", "torch.distributed.run", f"--nproc-per-node={self.ranks_per_node}"]
         if node.num_nodes > 1:
-            port = 20000 + zlib.crc32(node.job_id.encode()) % 20000  # jobs may share a node
+            # Jobs may share a node. Ports from 32768 are what Linux gives to outgoing connections.
+            port = 20000 + zlib.crc32(node.job_id.encode()) % 12000
             meeting = [f"--rdzv-endpoint={node.hostnames[0]}:{port}", f"--rdzv-id={node.job_id}"]
             return [*agent, f"--nnodes={node.num_nodes}", "--rdzv-backend=c10d", *meeting]
         return [*agent, "--standalone"] if self.ranks_per_node > 1 else []
