@@ -14,8 +14,8 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from published.recorded import Scored
     from published.row import Row
-    from published.score import Scored
 
 AMPERE = ("A100",)
 

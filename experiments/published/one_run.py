@@ -9,7 +9,7 @@ from published.stacks import cluster_of_row
 from tpresearch.calibrate.run import SHARES, fitted_factor, scaled
 
 if TYPE_CHECKING:
-    from published.score import RecordedRow, Scored
+    from published.recorded import RecordedRow, Scored
 
 
 def by_first_row(one: RecordedRow, factors: dict[str, float]) -> Scored | None:

@@ -12,8 +12,8 @@ from published.engines import CAST, as_engine_runs
 from published.left_out import by_the_others
 from published.losses import _changed
 from published.one_run import by_first_row
+from published.recorded import Scored
 from published.row import Row
-from published.score import Scored
 from published.stacks import cluster_of_row
 
 from tpresearch.ledger.entries import Event

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from published.configs import is_gpt, parts
+from published.recorded import recorded
 from published.row import Row, read
-from published.score import recorded
 from published.stacks import ELSEWHERE, cluster_name, cluster_of_row
 
 from tpresearch.config.errors import ConfigError
