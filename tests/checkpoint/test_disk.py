@@ -34,7 +34,7 @@ def test_all_of_it_is_on_disk_before_it_is_a_checkpoint(
 ) -> None:
     """Or a crash of the machine could leave a checkpoint that lacks something."""
     on_disk: list[int] = []
-    rename, fsync = Path.rename, os.fsync
+    rename, fsync, opened = Path.rename, os.fsync, len(os.listdir("/proc/self/fd"))
 
     def inode(path: Path) -> int:
         return path.stat().st_ino
@@ -56,6 +56,7 @@ def test_all_of_it_is_on_disk_before_it_is_a_checkpoint(
     monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output error"):
         disk.sync_and_checksum(folder / ".metadata")
+    assert len(os.listdir("/proc/self/fd")) == opened
 
 
 def rewrite(folder: Path, **values: object) -> None:

@@ -132,6 +132,12 @@ def test_files_may_have_moved_but_those_that_are_still_there_are_others(
         check_experiment(hub, config(*STARTED, "data=hf", f"{key}={now}"))
 
 
+def test_a_name_that_is_no_path_has_not_moved() -> None:
+    typed = (*STARTED, "data=jsonl")
+    with pytest.raises(ConfigError, match=r"data\.text_field=text: this run was started with the text"):
+        check_experiment(of(config(*typed, "data.text_field='the text'")), config(*typed))
+
+
 def test_kept_gradients_are_in_no_checkpoint() -> None:
     cfg = config(*STARTED, "defects.keep_gradients=true")
     with pytest.raises(ConfigError, match="are not in any checkpoint") as refused:
@@ -232,6 +238,10 @@ def test_auto_never_and_a_restart(tmp_path: Path) -> None:
     assert [c.step for c in checkpoints_to_resume(older, tmp_path, restarted=True)] == [12, 3]
     elsewhere = tmp_path / "without one yet"
     assert [c.step for c in checkpoints_to_resume(older, elsewhere, restarted=True)] == [3]
+    for step in (3, 12):
+        (folder_of(tmp_path, step) / ".metadata").unlink()
+    with pytest.raises(ConfigError, match=r"^resume=auto: none of its 2 checkpoints is complete"):
+        checkpoints_to_resume(started, tmp_path)
 
 
 @pytest.fixture

@@ -18,17 +18,24 @@ from support.composed import config
 from support.made_checkpoints import save
 from support.marks import exhaustive
 from support.nets import Buffered, Frozen, Tied, Unused, model
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorStorageMetadata
+from torch import nn
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from tpresearch.checkpoint.disk import BrokenCheckpoint, folder_of, read_checkpoint, sync_and_checksum
 from tpresearch.checkpoint.load import _MetadataUnpickler, check_initial_weights, read_tensors, tensors_of
 from tpresearch.checkpoint.save import check_finite
+from tpresearch.checkpoint.state import make_destination
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
 from tpresearch.launch import Run
 from tpresearch.plan.meta import meta_model
 from tpresearch.train.preflight import preflight
 from tpresearch.train.saving import check_disk, checkpoint_bytes, log_resumption
+from tpresearch.train.state import TrainState
 from tpresearch.verify.ranks import Ranks
 
 KINDS = {
@@ -110,6 +117,11 @@ def test_the_room_that_a_checkpoint_takes_is_known_before_the_first(tmp_path: Pa
         ("checkpoint.every=1", 0, 3),
         ("checkpoint.every=1 checkpoint.keep=1", 0, 2),
         ("checkpoint.every=1", 2, 1),
+        ("checkpoint.every=1 checkpoint.keep=1 checkpoint.keep_every=2", 0, 3),
+        ("checkpoint.every=1 checkpoint.keep=1 checkpoint.keep_every=2", 2, 1),
+        ("checkpoint.every=1 checkpoint.keep=1 checkpoint.keep_every=1", 0, 4),
+        ("checkpoint.every=1 checkpoint.keep=1 checkpoint.keep_every=1", 2, 2),
+        ("checkpoint.every=1 checkpoint.keep_every=1", 1, 3),
     ],
 )
 def test_a_disk_needs_room_for_what_is_kept_and_one_more_or_for_all_that_comes(
@@ -127,7 +139,11 @@ def test_a_disk_needs_room_for_what_is_kept_and_one_more_or_for_all_that_comes(
     if keep := refused.value.fix.get("checkpoint.keep"):
         job.cfg.checkpoint.keep = int(str(keep))
         check_disk(job, Run(tmp_path, World()), found)
-    assert bool(keep) == (wanted > 2), "one that is kept, and one that is being written"
+    is_fewest = wanted <= 2 or "keep_every" in overrides
+    assert bool(keep) != is_fewest, "one that is kept, and one that is being written"
+    job.cfg.train.steps = there or 1
+    room = 0
+    check_disk(job, Run(tmp_path, World()), found or [read_checkpoint(save(tmp_path, 1))])
 
 
 @pytest.mark.parametrize(
@@ -227,6 +243,21 @@ def test_a_file_that_has_changed_is_not_loaded_nor_tensors_of_another_shape(
         ConfigError, match=r"can be loaded; step-00000001: __0_0\.distcp is not as it was writt"
     ):
         alone(cfg, 0, saved)
+
+
+def test_what_a_checkpoint_lacks_is_absent_whatever_was_read_of_a_damaged_one_before() -> None:
+    layer = nn.Linear(2, 2)
+    state = TrainState(0, layer, torch.optim.AdamW(layer.parameters()))
+    for names in (["weight", "bias"], ["weight"]):
+        properties = TensorProperties(torch.float32)
+        saved = {
+            f"optimizer.{name}.exp_avg": TensorStorageMetadata(
+                properties, layer.get_parameter(name).shape, []
+            )
+            for name in names
+        }
+        make_destination(state, {}, saved)
+        assert list(state.optimizer.state) == [layer.get_parameter(name) for name in names]
 
 
 def test_metadata_that_is_damaged_or_would_run_code_is_refused(tmp_path: Path) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support.assembled import assembled
-from support.composed import config, corpus
+from support.composed import SEQ_LEN, config, corpus
 from support.nets import AfterBlocks, ComplexPositions, HookedHead, PartlyInEvaluation, Routed, model
 from torch import nn
 
 from tpresearch.config import Config
 from tpresearch.config.axes import DATA_AXES
 from tpresearch.config.world import World
-from tpresearch.data.batches import Batches
+from tpresearch.data.batches import Batches, eval_batches
 from tpresearch.parallel.mesh import sum_over
+from tpresearch.train.losses import build_token_loss
 from tpresearch.train.optim import learning_rate
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.trace import Tensors, full_tensors, whole_weights
@@ -74,6 +77,16 @@ def test_it_trains_as_a_plain_loop_does(ranks: Ranks, kind: type[nn.Module], pla
         assert losses == pytest.approx(wanted, rel=1e-10)
         for name, weight in right.items():
             torch.testing.assert_close(weights[name], weight, rtol=1e-10, atol=1e-12)
+
+
+def test_held_out_losses_are_added_in_float64() -> None:
+    cfg = config("model=toy_mlp", "parallel=none", "train.micro_batch_size=1")
+    with assembled(cfg) as loop, torch.no_grad():
+        token_loss, rows = build_token_loss(cfg, loop.setup.plan), corpus().held_out
+        shares = [
+            token_loss(loop.state.model, row, lambda _: nullcontext()) for row in eval_batches(rows, 99, 1)
+        ]
+        assert loop.evaluate() == sum(share.item() for share in shares) / (len(rows) * SEQ_LEN)
 
 
 def test_after_an_evaluation_that_is_interrupted_the_model_trains_on() -> None:

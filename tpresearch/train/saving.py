@@ -16,6 +16,7 @@ from tpresearch.checkpoint.save import Saver
 from tpresearch.config.comparable import experiment_config
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import CheckpointConfig
 from tpresearch.config.validate import total_steps
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.launch import Run
@@ -93,18 +94,32 @@ def check_disk(job: Preflight, run: Run, found: Sequence[Checkpoint]) -> None:
     Args:
         found: those that are there, the newest first.
     """
-    settings, begun = job.cfg.checkpoint, found[0].step if found else 0
-    due = (total_steps(job.cfg) - 1) // settings.every - begun // settings.every if settings.every else 0
-    wanted = min(max(settings.keep + 1 - len(found), 1), due + 1)  # the last step is always saved
+    settings, steps = job.cfg.checkpoint, total_steps(job.cfg)
+    if found and found[0].step >= steps:  # none is to come
+        return
+    wanted = max(_most_at_once(settings, found, steps) - len(found), 1)
     home = run.folder / CHECKPOINTS_FOLDER  # which may be a link to another disk
     each, free = checkpoint_bytes(job), shutil.disk_usage(home if home.is_dir() else run.folder).free
     if free < wanted * each:
         many = f"{wanted} checkpoints take" if wanted > 1 else "a checkpoint takes"
         why = f"its disk has {bytes_text(free)} free, and {many} {bytes_text(wanted * each)}"
-        legal = "a folder on a larger disk, or a smaller checkpoint.keep"
+        fewer = " or a larger checkpoint.keep_every" if settings.keep_every else ""
+        legal = f"a folder on a larger disk, or a smaller checkpoint.keep{fewer}"
         keep = free // each + len(found) - 1
-        fix = {"checkpoint.keep": keep} if free >= each and keep else None
+        fix = {"checkpoint.keep": keep} if free >= each and keep and not fewer else None
         raise ConfigError("hydra.run.dir", run.folder, why, legal, fix)
+
+
+def _most_at_once(settings: CheckpointConfig, found: Sequence[Checkpoint], total: int) -> int:
+    """The most checkpoints that will be there: the newest, the one that is being written, and older ones that stay permanently."""
+    every, keep, begun = settings.every or total, settings.keep, found[0].step if found else 0
+    due = (total - 1) // every - begun // every  # and the last step, which is always saved
+    older = 0
+    if always := settings.keep_every:
+        newest_of_old = (begun // every + max(due - keep, 0)) * every
+        older = sum(one.step % always == 0 for one in found[max(keep - due, 0) :])
+        older += newest_of_old // always - begun // always
+    return min(keep, len(found) + due) + 1 + older
 
 
 def checkpoint_bytes(job: Preflight) -> int:
