@@ -113,3 +113,10 @@ def test_a_compiled_step_holds_less_by_what_each_block_keeps_less(depth: int) ->
     name = "1 loss/activations"
     assert by_eager[name] - by_compiled[name] == pytest.approx(depth * (grown - kept))
     assert 0 < sum(peak_moment(by_compiled).values()) < sum(peak_moment(by_eager).values())
+
+
+def test_a_block_of_a_net_on_rows_of_numbers_keeps_its_input() -> None:
+    """32 numbers in float32."""
+    net = ("model=toy_net", "model.blocks=[out_proj]", "data=uniform", "data.seq_len=1", "train.loss=sum")
+    cfg = config(*net, "parallel=none", "parallel.compile=true")
+    assert compiled_block(cfg, validate(cfg, 1)).saved_bytes_per_row == 32 * 4

@@ -10,8 +10,8 @@ from unittest.mock import Mock
 import pytest
 from support.assembled import planned
 from support.composed import config
-from support.nets import FrozenBlock, Recurrent, model
-from torch import nn
+from support.nets import FrozenBlock, ReadTwice, Recurrent, model
+from torch import Tensor, nn
 
 from tpresearch.config.schema import Dtype
 from tpresearch.launch.composition import conf_dir, read_option
@@ -29,6 +29,20 @@ class FrozenUpToOutput(FrozenBlock):
     def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
         super().__init__(vocab_size, dim, hidden_dim)
         self.embed.requires_grad_(False)
+
+
+class OnPatches(nn.Module):
+    """A convolution makes two patches of a row of `dim` numbers, and the same layer runs on both."""
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv1d(1, hidden_dim, dim // 2, stride=dim // 2, bias=False)
+        self.layer = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.output = nn.Linear(hidden_dim, out_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.layer(self.patches(x.unsqueeze(1)).transpose(1, 2))
+        return self.output(patches.mean(1))
 
 
 def test_a_known_device_has_its_makers_peak() -> None:
@@ -71,6 +85,24 @@ def test_a_block_that_runs_three_times_on_a_token_counts_each_time() -> None:
     block = sum(p.numel() for p in net.get_submodule("mlp").parameters())
     of_once = flops_per_token(once, 16, causal=False)
     assert flops_per_token(net, 16, causal=False, probe=plan.probe) == of_once + 2 * 6 * block
+
+
+def test_a_layer_counts_at_each_position_of_a_row_of_numbers() -> None:
+    """Of a row of 10 numbers, 6 FLOPs per weight at each of two patches, and of the output layer at their mean."""
+    of_net = "model=toy_net", f"model._target_={__name__}.OnPatches"
+    net, plan = planned(*of_net, "data=uniform", "data.seq_len=1", "train.loss=sum", "parallel=none")
+    patches, layer, output = (
+        net.get_parameter(f"{name}.weight").numel() for name in ("patches", "layer", "output")
+    )
+    assert flops_per_token(net, 1, causal=False, probe=plan.probe) == 6 * (2 * patches + 2 * layer + output)
+
+
+def test_an_embedding_counts_where_another_module_multiplies_by_it() -> None:
+    once, _ = planned("model=toy_mlp", "parallel=none")
+    net, plan = planned(*model(ReadTwice), "parallel=none")
+    table = net.get_parameter("embed.weight").numel()
+    found = flops_per_token(net, 16, causal=False, probe=plan.probe)
+    assert found == flops_per_token(once, 16, causal=False) + 6 * table
 
 
 def test_mfu_is_model_flops_over_the_peak_of_each_device() -> None:

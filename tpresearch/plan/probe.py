@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,6 +28,7 @@ from tpresearch.plan.meta import same_draws
 
 Shapes = tuple[torch.Size | None, ...]
 PYTHON = "python"
+_MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
 
 class CallShapes(NamedTuple):
@@ -59,6 +62,8 @@ class Probe:
     """Buffers that a forward in training changes, as the statistics of a batch norm."""
     called: list[str] = field(default_factory=list)
     """Names of modules in the order in which they were called, one per call."""
+    matmul_flops: dict[str, float] = field(default_factory=dict)
+    """By the first name of each weight that multiplies, as a parameter: FLOPs of forward and backward per token of the batch."""
     changed_outputs: set[str] = field(default_factory=set)
     """Modules that return a view, which is changed in place afterwards."""
     ops: int = 0
@@ -121,6 +126,7 @@ class _ProbeMode(TorchDispatchMode):
         self._owners = {
             id(p): name for name, module in model.named_modules() for p in module.parameters(recurse=False)
         }
+        self._weights = {p.untyped_storage(): (name, p) for name, p in model.named_parameters()}
         self._buffers = buffer_versions(model)
         self._found = Probe()
         self.running: list[str] = []
@@ -129,6 +135,7 @@ class _ProbeMode(TorchDispatchMode):
         self.draws: list[tuple[str, str]] = []
         """By which module, and in a call of which function."""
         self._ops = self._layers_called = 0
+        self._flops = Counter[str]()
         self._shapes: dict[str, tuple[Shapes, Shapes, int]] = {}
         self._views: list[tuple[str, Tensor, int]] = []
         """Outputs of modules, and how often each was changed in place before it was returned."""
@@ -159,7 +166,7 @@ class _ProbeMode(TorchDispatchMode):
         self._shapes[name] = _shapes_of(args), _shapes_of(outputs), self._layers_called
         self._views += [(name, t, t._version) for t in outputs if isinstance(t, Tensor) and t._is_view()]
 
-    def result(self, output: Tensor, head: str | None, model: nn.Module) -> Probe:
+    def result(self, output: Tensor, head: str | None, model: nn.Module, tokens: int) -> Probe:
         """What was recorded, once the model has returned."""
         found = self._found
         for name, (inputs, outputs, called) in self._shapes.items():
@@ -169,7 +176,9 @@ class _ProbeMode(TorchDispatchMode):
             found.draws.setdefault(module, {})[function] = calls
         found.changed_outputs.update(name for name, view, version in self._views if view._version != version)
         changed = tuple(changed_buffers(model, self._buffers))
-        return replace(found, output=output.shape, head=head, changed_buffers=changed, ops=self._ops)
+        flops = {name: of_batch / tokens for name, of_batch in self._flops.items()}
+        seen = replace(found, output=output.shape, head=head, changed_buffers=changed)
+        return replace(seen, matmul_flops=flops, ops=self._ops)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -183,6 +192,14 @@ class _ProbeMode(TorchDispatchMode):
         owners = {self._owners.get(id(tensor), reader) for tensor in tree_leaves((args, kwargs))}
         self._found.read_outside_forward.update(o for o in owners if o is not None and o != reader)
         output = func(*args, **(kwargs or {}))
+        if func in _MATMULS:
+            first, second = args[-2:]
+            self._note_multiplying(first, second, output.numel() * first.shape[-1])
+        elif func is torch.ops.aten.convolution.default:
+            given, weight = args[:2]
+            self._note_multiplying(
+                given, weight, (given if args[6] else output).numel() * math.prod(weight.shape[1:])
+            )
         if func._schema.is_mutable:
             for tensor in tree_leaves((args, kwargs)):
                 if isinstance(tensor, Tensor):
@@ -190,6 +207,15 @@ class _ProbeMode(TorchDispatchMode):
         if func.overloadpacket is torch.ops.aten.arange and all(isinstance(arg, int) for arg in args):
             self._last |= {output.untyped_storage(): number for number in range(*args)[-1:]}
         return output
+
+    def _note_multiplying(self, first: Tensor, second: Tensor, products: int) -> None:
+        """Of a weight 2 FLOPs per product in forward, and in backward 2 each for its gradient and for that of the other factor. The
+        latter counts in any case where the weight is trained, as in 6N."""
+        for factor, other in ((first, second), (second, first)):
+            name, weight = self._weights.get(factor.untyped_storage(), ("", None))
+            if weight is not None:
+                each = 6 if weight.requires_grad else 4 if other.requires_grad else 2
+                self._flops[name] += each * products
 
     def _check_lookup(self, table: Tensor, indices: Tensor) -> None:
         if indices.is_floating_point():
@@ -227,7 +253,7 @@ def probe_model(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
     if not output.requires_grad and any(p.requires_grad for p in model.parameters()):
         why = "no gradient flows back from its output, as under torch.no_grad() or after detach()"
         raise WrongModel(cfg.model.name, why, "a forward whose output follows from the parameters")
-    found = watch.result(output, head, model)
+    found = watch.result(output, head, model, len(inputs) * cfg.data.seq_len)
     if draws:
         found.draws.setdefault("", {})[PYTHON] = []
     return found

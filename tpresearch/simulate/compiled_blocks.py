@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import Checkpointing, Config
 from tpresearch.config.validate import has_master_weights
+from tpresearch.data.batches import meta_batch
 from tpresearch.parallel.apply import parallelize, set_activation_budget, wrap_forward
 from tpresearch.parallel.device import FAKE
 from tpresearch.parallel.float8 import to_float8
@@ -72,8 +73,8 @@ def compiled_block(cfg: Config, sizes: MeshSizes) -> CompiledBlock:
             materialize(model, FAKE.torch, lambda _: None)
             if has_master_weights(cfg, sizes):
                 MasterWeights(model)  # leaves bfloat16 copies in it
-            rows = torch.empty(ROWS, cfg.data.seq_len, dtype=torch.int64)
-            model(rows)
+            rows = meta_batch(cfg.data, ROWS).to(torch.device("meta"), getattr(torch, cfg.train.dtype))
+            model(torch.empty_like(rows.inputs, device=FAKE.torch))
         torch._dynamo.reset()
     *earlier, last = compiled
     shared = {storage for one in earlier for storage in one.bytes_by_storage}

@@ -91,20 +91,22 @@ def flops_per_token(model: nn.Module, seq_len: int, causal: bool, probe: Probe =
     """Forward and backward FLOPs of one token: 6N + 12 L h s, or 6N + 6 L h s when counted causal.
 
     N counts parameters without embeddings, which look up instead of multiplying (arXiv 2204.02311, app. B); one that
-    is tied to an output layer multiplies there. What runs several times on a token counts each time, and a frozen weight
-    without the 2 of its own gradient, nor those of an input that needs none.
+    is an output layer's weight too multiplies there. A weight counts as often as it multiplies: several times where its layer runs
+    several times on a token, or on each patch of an image that is a row of numbers. A frozen one counts without the 2 of its own
+    gradient, nor those of an input that needs none.
     A model that has no `attention_flops_per_token` is counted as 6N.
 
     Args:
         probe: what a forward pass over shapes has shown about it, if it is known.
     """
-    calls, flops = Counter(probe.called), 0.0
+    calls, flops = Counter(probe.called), sum(probe.matmul_flops.values())
+    names = {parameter: name for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue
         frozen = 2 if name in probe.no_input_grad else 4
         times = max(1, calls[name])  # 1 also of what another module's forward reads
-        own = module.parameters(recurse=False)
+        own = (p for p in module.parameters(recurse=False) if names[p] not in probe.matmul_flops)
         flops += times * sum(p.numel() * (6 if p.requires_grad else frozen) for p in own)
     attention = getattr(model, "attention_flops_per_token", None)
     quadratic = attention(seq_len) if callable(attention) else 0.0
