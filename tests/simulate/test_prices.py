@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +19,7 @@ from tpresearch.simulate.cluster import NUMBERS, Cluster, Number, SourceKind, ch
 from tpresearch.simulate.kernels import Kernel, kernels
 from tpresearch.simulate.network import Route, collective_s, network_s, route
 from tpresearch.simulate.prediction import Prediction, rows_that_fit
-from tpresearch.simulate.prices import attention_s, bytes_s, gemm_s, op_s
+from tpresearch.simulate.prices import attention_s, bytes_s, gemm_s, moved_bytes, op_s
 from tpresearch.simulate.replay import Span, replay
 from tpresearch.simulate.trace import Op
 
@@ -112,15 +113,58 @@ def test_a_table_of_attention_may_begin_earlier() -> None:
     numbers = dict(cluster(compute_units=1).numbers)
     numbers["attention_tflops_forward"] = Number((1.0, 2.0, *[20.0] * 6), SourceKind.guessed, "a test")
     early = dataclasses.replace(cluster(compute_units=1), numbers=numbers)
-    for length, rate in ((128, 1e12), (256, 2e12), (512, 20e12), (16384, 20e12)):
+    between = 2e12 + 18e12 * math.log2(1.5)
+    for length, rate in ((128, 1e12), (256, 2e12), (384, between), (512, 20e12), (16384, 20e12)):
         found = attention_s((1, 8, 8, length, length, 128, 0, 1), 2, early)
         assert found == pytest.approx(4 * 8 * length**2 * 128 / 2 / rate)
+
+
+def test_few_blocks_of_attention_leave_units_idle() -> None:
+    """Of 200 blocks of 128 tokens at a time, and of 100 in backward; no fewer than a tenth are busy."""
+    for heads, backward, busy in ((8, 0, 32 / 200), (8, 1, 32 / 100), (4, 0, 0.1), (1, 1, 0.1), (64, 0, 1.0)):
+        few = (1, heads, heads, 512, 512, 128, backward, 1)
+        whole = 4 * heads * 512**2 * 128 / 2 * (2.5 if backward else 1) / (10e12 if backward else 20e12)
+        assert attention_s(few, 2, cluster()) == pytest.approx(whole / busy)
+
+
+def test_each_kernel_takes_some_time_whatever_it_moves() -> None:
+    touched = [(0, 100)], [(1, 100)]
+    for kind, name, shape in (
+        ("gemm", "mm", (1, 8, 8, 8)),
+        ("attention", "sdpa", (1, 1, 1, 8, 8, 128, 0, 1)),
+        ("other", "exp", ()),
+        ("other", "chunk_cat", ()),
+    ):
+        one = op(kind, name, *touched)._replace(shape=shape)
+        assert op_s(one, cluster(kernel_us=7)) - op_s(one, cluster()) == pytest.approx(7e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "reads", "writes", "moved"),
+    [
+        ("gather", (10**9, 80), 100, 200),
+        ("index_select", (10**9, 80), 100, 200),
+        ("index", (10**9, 80), 100, 200),
+        ("scatter_", (10**9, 800, 500), 10**9, 800 + 500 + 200),  # 100 numbers of 2 bytes are written
+        ("scatter_add_", (10**9, 800, 500), 10**9, 800 + 500 + 2 * 200),
+        ("nll_loss_forward", (10**9, 800), 4, 800),
+        ("_foreach_mul_", (100, 100), 0, 400),
+        ("_foreach_norm", (100, 100), 4, 204),
+    ],
+)
+def test_what_an_op_moves_may_differ_from_its_tensors(
+    name: str, reads: tuple[int, ...], writes: int, moved: float
+) -> None:
+    made = [(9, writes)] if writes else []
+    assert moved_bytes(op("other", name, enumerate(reads), made)) == moved
 
 
 def test_copies_of_fsdp_have_a_rate_of_their_own() -> None:
     moved = op("other", "chunk_cat", reads=[(0, 10**9)], writes=[(1, 10**9)])
     assert op_s(moved, cluster()) == pytest.approx(1e9 / 500e9)
     assert op_s(moved, cluster(copy_efficiency=0.1)) == pytest.approx(1e9 / 100e9)
+    gathered = op("other", "all_gather_copy_in", [(0, 10**6)], [(1, 10**9), (1, 8 * 10**9)])
+    assert op_s(gathered, cluster()) == pytest.approx(2e9 / 500e9)
 
 
 def test_on_a_cpu_a_norm_is_many_ops_and_ranks_wait_for_the_slowest() -> None:
@@ -152,6 +196,8 @@ def test_a_matmul_takes_whole_waves_of_tiles() -> None:
     assert gemm_s((1, 2560, 1280, 4096), 2, cluster()) == pytest.approx(one_wave)
     assert gemm_s((1, 2561, 1280, 4096), 2, cluster()) > 1.05 * one_wave
     assert gemm_s((1, 2560, 1280, 4096), 4, cluster()) == pytest.approx(10 * one_wave)
+    begun = cluster(gemm_half_depth=1024)
+    assert gemm_s((1, 2560, 1280, 4096), 2, begun) == pytest.approx(one_wave * 1.25)
 
 
 def test_a_deep_matmul_of_few_tiles_is_split_among_all_units() -> None:
@@ -245,6 +291,9 @@ def test_small_messages_cost_latency_that_grows_with_the_ring() -> None:
     slow = cluster(intra_step_us=10.0, collective_us=5.0)
     assert collective_s("all_gather", 0, Route(8, 8), slow) == pytest.approx(5e-6 + 7 * 10e-6 * 0.2)  # by LL
     assert collective_s("all_gather", 10**9, Route(8, 8), slow) == pytest.approx(5e-6 + 70e-6 + 8.75e-3)
+    by_ll128 = 5e-6 + 35e-6 + 35e-6 / 0.92
+    assert collective_s("all_gather", 4 * 10**6, Route(8, 8), slow) == pytest.approx(by_ll128)
+    assert collective_s("all_gather", 10**6, Route(8, 8), slow) == pytest.approx(5e-6 + 14e-6 + 8.75e-6 / 0.4)
 
 
 def test_between_hosts_an_all_reduce_takes_a_tree_where_its_steps_are_fewer() -> None:
@@ -663,3 +712,27 @@ def test_rows_that_fit_divide_a_rank_s_share(memory_gb: float, rows: int) -> Non
     here, sizes = cluster(memory_gb=memory_gb), MeshSizes(dp_shard=2)
     found = Prediction(here, sizes, cfg, {"step": 1.0}, 1.0, [], held)
     assert rows_that_fit(found) == rows
+
+
+def test_the_range_of_a_step_follows_from_its_parts_and_the_cluster() -> None:
+    """Of 2 s a half in matmuls, a twentieth each in waits along an axis and elementwise; 7 % are the site's."""
+    seconds = {"step": 2.0, "gemm": 1.0, "elementwise": 0.1, "sent/tp/forward/dtensor/all_gather": 1.0}
+    seconds |= {f"exposed/tp/{phase}/dtensor/all_gather": 0.05 for phase in ("forward", "backward")}
+    spread = math.sqrt(0.07**2 + (0.5 * 0.07) ** 2 + (0.05 * 0.3) ** 2 + (0.05 * 0.15) ** 2)
+    guessed, cfg = cluster(), config("model=llama2_debug")
+    numbers = guessed.numbers | {"gemm_efficiency": Number(0.5, SourceKind.datasheet, "a test")}
+    stated, checked = (
+        dataclasses.replace(guessed, numbers=numbers),
+        dataclasses.replace(guessed, checked=("x",)),
+    )
+    for here, gb, wide in (
+        (checked, 93, spread),
+        (stated, 93, 1.2 * spread),
+        (guessed, 93, 0.1),
+        (checked, 94, 0.1),  # tight
+        (checked, 101, spread),  # does not fit
+    ):
+        found = Prediction(here, MeshSizes(), cfg, seconds, 1.0, [], {"parameters": gb * 10**9})
+        assert found.fits == (gb < 101)
+        assert (found.low_s, found.high_s) == pytest.approx((2 * (1 - wide), 2 * (1 + wide)))
+        assert found.time_s["exposed tp"] == pytest.approx(0.1)
