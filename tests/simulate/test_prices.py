@@ -720,7 +720,7 @@ def test_the_range_of_a_step_follows_from_its_parts_and_the_cluster() -> None:
     seconds |= {f"exposed/tp/{phase}/dtensor/all_gather": 0.05 for phase in ("forward", "backward")}
     spread = math.sqrt(0.07**2 + (0.5 * 0.07) ** 2 + (0.05 * 0.3) ** 2 + (0.05 * 0.15) ** 2)
     guessed, cfg = cluster(), config("model=llama2_debug")
-    numbers = guessed.numbers | {"gemm_efficiency": Number(0.5, SourceKind.datasheet, "a test")}
+    numbers = {**guessed.numbers, "gemm_efficiency": Number(0.5, SourceKind.datasheet, "a test")}
     stated, checked = (
         dataclasses.replace(guessed, numbers=numbers),
         dataclasses.replace(guessed, checked=("x",)),
