@@ -36,7 +36,7 @@ def recorded(make: Callable[[], nn.Module], *given: Tensor) -> list[Op]:
     ):
         fake = make()
         memory = DeviceMemory(fake, torch.optim.SGD(fake.parameters(), lr=1.0))
-        recorder = Recorder(mesh, fake, [], memory)
+        recorder = Recorder(mesh, fake, [], memory, on_cpu=False)
         inputs = [mode.from_tensor(tensor) for tensor in given]
         with memory, recorder.recording():
             with recorder.phase("forward"):

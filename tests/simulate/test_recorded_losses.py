@@ -69,12 +69,23 @@ def test_the_loss_moves_and_holds_what_its_device_does(
 
 
 def test_heads_that_share_keys_in_float32_are_repeated_on_a_gpu_alone() -> None:
-    """Four heads of keys and of values, 8 wide, become eight each, which attention keeps."""
+    """Four heads of keys and of values, 8 wide, become eight each, which attention keeps; on a CPU each of three norms, 64 wide,
+    keeps its normalised input beside its input."""
     more = {
         cluster: held_by(on(cluster, "train.dtype=float32")[1], "0 forward")
         for cluster in ("h100_dgx", "cpu")
     }
-    assert more["h100_dgx"] - more["cpu"] == 2 * 4 * 8 * TOKENS * 4
+    assert more["h100_dgx"] - more["cpu"] == (2 * 4 * 8 - 3 * 64) * TOKENS * 4
+
+
+def test_a_norm_is_one_kernel_on_a_gpu_and_many_on_a_cpu() -> None:
+    def roots(cluster: str) -> int:
+        cfg, trace = on(cluster, "train.dtype=float32")
+        sizes, numbers = validate(cfg, 1), parse_cluster(cfg.cluster)
+        found = kernels(trace.micro_batches[0], numbers, sizes, compiled=False)
+        return sum(one.op.name == "rsqrt" for one in found)
+
+    assert (roots("h100_dgx"), roots("cpu")) == (0, 3)  # a kernel has the name of its last op
 
 
 def test_a_view_of_conjugates_is_no_kernel() -> None:

@@ -113,10 +113,11 @@ def test_llama2_70b_on_65536_ranks_in_20_seconds_of_processor_time(plan: tuple[s
     assert time.process_time() - before < 20
 
 
+@pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
 @pytest.mark.parametrize(("plan", "world"), [("none", 1), ("fsdp_tp", 4), ("ddp", 4)])
-def test_a_simulated_step_holds_what_the_step_that_computes_does(plan: str, world: int) -> None:
-    """To the byte, for a model without a norm: of that, a simulated step leaves out what only a CPU makes."""
-    words = ("model=toy_mlp", f"parallel={plan}")
+def test_a_simulated_step_holds_what_the_step_that_computes_does(plan: str, world: int, model: str) -> None:
+    """To the byte; on a CPU also what the ops hold of which a GPU makes one kernel, as of a norm."""
+    words = (f"model={model}", f"parallel={plan}")
     held = {use.kind: use.at_peak_bytes for use in counted_step(world, *words).held}
     assert peak_moment(recorded(config(*words), world).memory) == held
     assert sum(held.values()) > 0

@@ -73,7 +73,7 @@ class TimedRecorder(Recorder):
 
     def __init__(self, mesh: DeviceMesh, state: TrainState, blocks: list[str], clock: OpClock) -> None:
         memory = DeviceMemory(state.model, state.optimizer, state.remainders)
-        super().__init__(mesh, state.model, blocks, memory)
+        super().__init__(mesh, state.model, blocks, memory, on_cpu=True)
         self._clock = clock
         self.timed: list[tuple[Op, float]] = []
 

@@ -1,4 +1,4 @@
-"""What a step holds at each of its moments, as a GPU would hold it: the memory ledger of a step on fake tensors."""
+"""What a step holds at each of its moments, as the cluster's device would hold it: the memory ledger of a step on fake tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ propagating: list[None] = []
 
 
 class DeviceMemory(MemoryLedger):
-    """The memory ledger by moments, without intermediate tensors that only a CPU creates in what CUDA runs as one kernel.
+    """The memory ledger by moments, on a GPU without intermediate tensors that only a CPU creates in what CUDA runs as one kernel.
 
     A moment is a phase of a micro-batch; of backward, in which activations go and gradients come, its beginning, up to
     the end of the last block, and its end, from the first block on. The peak of each is a sum over blocks, so that

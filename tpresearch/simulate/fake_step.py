@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
@@ -93,7 +93,9 @@ def record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call] = frozense
 
 
 def _record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call]) -> Trace:
-    compiled = cfg.parallel
+    compiled, on_cpu = cfg.parallel, not cfg.cluster or parse_cluster(cfg.cluster).is_cpu
+    # Code that runs other ops on a GPU asks its tensors.
+    on_device = nullcontext() if on_cpu else patch.object(FakeTensor, "is_cuda", True)
     cfg, count = recorded_config(cfg, sizes)
     model, plan = plan_model(cfg, sizes)
     to_float8(model, plan.float8, cfg.train)
@@ -103,11 +105,7 @@ def _record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call]) -> Trace
             for name in plan.blocks:
                 block = model.get_submodule(name)
                 block.forward = recompute(block.forward, recomputed)
-        with (
-            RememberingFakeTensorMode(allow_non_fake_inputs=True),
-            _as_on_cluster(cfg),
-            warnings.catch_warnings(),
-        ):
+        with RememberingFakeTensorMode(allow_non_fake_inputs=True), on_device, warnings.catch_warnings():
             # Of fake tensors alone: a linear layer's output is a view there.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
             materialize(model, FAKE.torch, lambda _: None)
@@ -115,7 +113,7 @@ def _record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call]) -> Trace
             objective = build_objective(dataclasses.replace(cfg, parallel=compiled), plan)
             _initialize_optimizer_state(state)
             memory = DeviceMemory(model, state.optimizer, state.remainders)
-            recorder = Recorder(mesh, model, plan.blocks, memory)
+            recorder = Recorder(mesh, model, plan.blocks, memory, on_cpu)
             observers = Observers([RecordingObserver(recorder, memory)])
             setup = Setup(cfg, plan, mesh, FAKE, objective, observers)
             fused = patch.object(cross_entropy, "_fused", recorder.as_one_kernel)
@@ -126,12 +124,6 @@ def _record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call]) -> Trace
     parts = tuple(tuple(part) for part in recorder.micro_batches)
     changes = memory.changes()
     return Trace(parts, tuple(recorder.end), by_moment(changes), changes)
-
-
-def _as_on_cluster(cfg: Config) -> AbstractContextManager[object]:
-    """For a cluster of GPUs, let fake tensors say that they are on one, to code that runs other ops there."""
-    on_gpu = cfg.cluster and not parse_cluster(cfg.cluster).is_cpu
-    return patch.object(FakeTensor, "is_cuda", True) if on_gpu else nullcontext()
 
 
 def _initialize_optimizer_state(state: TrainState) -> None:

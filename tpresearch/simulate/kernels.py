@@ -34,7 +34,7 @@ def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: boo
     """Everything that a part of a step launches, in its order.
 
     Compiled blocks run their elementwise ops in one kernel between two matmuls; the loss, of which the recorder tells what is
-    compiled, and what comes before the first matmul of backward lie outside of blocks. A norm that CUDA runs as one kernel is one in eager code too, and on a CPU many.
+    compiled, and what comes before the first matmul of backward lie outside of blocks. What was recorded as one kernel, such as a norm of a GPU, is one in eager code too.
     """
     if compiled and any(op.kind == "gemm" and op.element == 1 for op in ops):
         ops = _deduplicate_casts(ops)
@@ -50,8 +50,7 @@ def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: boo
 
     fuses = False
     for place, op in enumerate(ops):
-        is_one = op.fused >= 0 and (op.phase == "loss" or not cluster.is_cpu)
-        joins = op.kind == "other" and op.name not in COPIES and (is_one or fuses)
+        joins = op.kind == "other" and op.name not in COPIES and (op.fused >= 0 or fuses)
         if run and not (joins and (fuses or op.fused == run[-1].fused)):
             flush(place - 1)
         if joins:

@@ -50,7 +50,7 @@ _NAMESPACES = ("aten", "tpresearch", "c10d", "_c10d_functional", "fsdp")
 class Recorder(CommunicationLedger):
     """Records each op while entered, in order, in `micro_batches` and `end`.
 
-    recorder = Recorder(mesh, model, plan.blocks, memory)
+    recorder = Recorder(mesh, model, plan.blocks, memory, on_cpu=False)
     with recorder.recording():
         with recorder.phase("forward"):
             ...
@@ -58,11 +58,15 @@ class Recorder(CommunicationLedger):
     Args:
         blocks: names of the model's blocks, in their order.
         memory: the ledger that is entered outside of this one, and told what to exclude.
+        on_cpu: whether the step is that of a CPU, which runs `SINGLE_KERNEL_MODULES` op by op, and holds what these ops make.
     """
 
-    def __init__(self, mesh: DeviceMesh, model: nn.Module, blocks: list[str], memory: DeviceMemory) -> None:
+    def __init__(
+        self, mesh: DeviceMesh, model: nn.Module, blocks: list[str], memory: DeviceMemory, on_cpu: bool
+    ) -> None:
         super().__init__(mesh)
         self._model, self._memory = model, memory
+        self._single_kernels = () if on_cpu else SINGLE_KERNEL_MODULES
         ends = (blocks[0], blocks[-1]) if len(blocks) > 1 else ()
         self._blocks = [model.get_submodule(name) for name in ends]
         self._last_block_from = self._first_block_to = -1
@@ -81,7 +85,7 @@ class Recorder(CommunicationLedger):
     def recording(self) -> Iterator[None]:
         hooks = []
         for module in self._model.modules():
-            if isinstance(module, SINGLE_KERNEL_MODULES):
+            if isinstance(module, self._single_kernels):
                 hooks.append(module.register_forward_pre_hook(self._enter))
                 hooks.append(module.register_forward_hook(self._leave))
         if self._blocks:
