@@ -251,3 +251,14 @@ def test_storages_that_grow_and_shrink_by_hand() -> None:
     held = {kind.kind: kind for kind in memory.held()}
     assert held["temporaries"].most_bytes == held["temporaries"].at_peak_bytes == 8000
     assert held["parameters"].at_peak_bytes == 2 * 4
+
+
+@pytest.mark.parametrize(("phase", "counted"), [("forward", 4000), ("backward", 0)])
+def test_a_view_of_what_no_op_has_made_counts_in_forward_alone(phase: str, counted: int) -> None:
+    """There it is a micro-batch's part of the rows; in backward gloo splits its own copy of a gradient, where that is waited for."""
+    model, made = nn.Linear(1, 1), torch.empty(1000)
+    memory = MemoryLedger(model, torch.optim.SGD(model.parameters()))
+    with memory, memory.phase(phase):
+        parts = made.split(500)
+    assert len(parts) == 2
+    assert {kind.kind: kind.most_bytes for kind in memory.held()}["temporaries"] == counted

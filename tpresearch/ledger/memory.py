@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 from tpresearch.ledger.entries import MEMORY_KINDS, MemoryUse
 
+FORWARD = ("forward", "loss")
+
 
 class MemoryLedger(TorchDispatchMode):
     """Records what is held while entered; `phase` names the part of the step.
@@ -52,7 +54,7 @@ class MemoryLedger(TorchDispatchMode):
         self._changes: list[tuple[int, int | None]] = []
         """(id of a storage, bytes by which it grew, None if it was freed), in order of time."""
         self._kinds: dict[int, str] = {}
-        self._forward = False
+        self._phase = ""
         self._from_forward: set[int] = set()
         self.allocator_peak_bytes: int | None = None
         """Peak of the CUDA allocator, which includes the internal workspace of ops."""
@@ -92,9 +94,9 @@ class MemoryLedger(TorchDispatchMode):
             alive = set(self._live.values()) & self._from_forward
             self._kinds |= dict.fromkeys(alive - self._kinds.keys(), "activations")
             self._from_forward.clear()
-        self._forward = phase in ("forward", "loss")
+        self._phase = phase
         yield
-        self._forward = False
+        self._phase = ""
 
     def note_gradients(self) -> None:
         """Call when gradients are complete, and before the optimizer drops them."""
@@ -107,13 +109,18 @@ class MemoryLedger(TorchDispatchMode):
             return NotImplemented  # let DTensor turn the op into local ones, which come here again
         result = func(*args, **(kwargs or {}))
         of_fsdp = func.namespace == "fsdp"  # buffers for gathered weights are not activations
+        # A view makes no memory. Of what no op has made: gloo's copy of what it reduces, which it splits where it is waited for.
+        of_backend = func.is_view and self._phase not in ("", *FORWARD)
         leaves = (result,) if isinstance(result, Tensor) else tree_leaves(result)
         for tensor in [*leaves, *tree_leaves((args, kwargs))] if of_fsdp else leaves:
             if type(tensor) in self.counted and tensor.device.type != "meta":
-                number = self._storage_id(tensor.untyped_storage(), None)
+                storage = tensor.untyped_storage()
+                if of_backend and storage not in self._live:
+                    continue
+                number = self._storage_id(storage, None)
                 if of_fsdp:
                     self._kinds.setdefault(number, "temporaries")
-                if self._forward:
+                if self._phase in FORWARD:
                     self._from_forward.add(number)
         return result
 
