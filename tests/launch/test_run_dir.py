@@ -16,11 +16,11 @@ from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import TCPStore
 
-from tpresearch.config import ConfigError
+from tpresearch.config import ConfigError, other_hosts
 from tpresearch.config.errors import RunFailed
 from tpresearch.config.world import WrongEnvironment
 from tpresearch.launch import World, resolvers, run_dir
-from tpresearch.launch.agents_store import connect, tell_begun, tell_other_hosts
+from tpresearch.launch.agents_store import connect, hear_other_hosts, tell_begun, tell_other_hosts
 from tpresearch.parallel.group import fresh_store
 
 NOON = datetime(2026, 1, 2, 12, 0, 0)
@@ -35,6 +35,7 @@ class Noon(datetime):
 @pytest.fixture(autouse=True)
 def _at_noon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(run_dir, "datetime", Noon)
+    monkeypatch.setattr(other_hosts, "_meeting", [])
     monkeypatch.chdir(tmp_path)
     for key in ("TORCHELASTIC_USE_AGENT_STORE", "SLURM_JOB_ID", "SLURM_JOB_START_TIME", "SLURM_STEP_ID"):
         monkeypatch.delenv(key, raising=False)
@@ -322,6 +323,23 @@ def test_ranks_of_other_hosts_hear_that_a_rank_has_failed(agent: TCPStore) -> No
     tell_other_hosts(ValueError("line 3 is wrong\n..."), World(2, 4, 0, 2, elastic=True))
     with pytest.raises(RunFailed, match=r"^rank 3 has ended: ValueError: line 3 is wrong$"):
         fresh_store(agent, World(1, 4, 1, 2, elastic=True), "gloo")
+
+
+def test_what_a_rank_has_told_is_not_heard_by_a_host_that_starts_again_without_counting_that(
+    agent: TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ranks of one host fail, torchrun starts those of the others again, and leaves their restart count as it was."""
+    rank_0, elsewhere = World(0, 2, 0, 1, elastic=True), World(1, 2, 0, 1, elastic=True)
+    for _ in range(2):
+        monkeypatch.setattr(other_hosts, "_meeting", [])  # of a new process
+        with ThreadPoolExecutor(1) as beside:
+            meets = beside.submit(fresh_store, agent, rank_0, "gloo")
+            fresh_store(agent, elsewhere, "gloo")
+            meets.result()
+        hear_other_hosts()
+        tell_other_hosts(ValueError("of this start"), elsewhere)
+        with pytest.raises(RunFailed, match="of this start"):
+            hear_other_hosts()
 
 
 def test_a_host_with_another_number_of_ranks_tells_so(

@@ -18,9 +18,26 @@ def job_key(name: str) -> str:
     return f"tpresearch/{os.environ.get(RUN_ID)}/{name}"
 
 
-def notice_key() -> str:
-    """Key of the notice that a rank of this start has ended."""
-    return job_key(f"ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
+MET_KEY = "tpresearch/met"
+"""Key of the name of the last meeting of the job's ranks."""
+_meeting: list[str] = []
+"""The name of the meeting of this start's ranks, once they have met."""
+
+
+def note_meeting(name: str) -> None:
+    _meeting[:] = [name]
+
+
+def notice_key(store: Store) -> str:
+    """Key of the notice that a rank of this start has ended.
+
+    A start is told from others by its meeting, or before that by the last one and the restart count. The count alone would
+    not do: where ranks of one host have failed, torchrun starts those of the others again without counting that.
+    """
+    if _meeting:
+        return job_key(f"ended/{_meeting[0]}")
+    last = store.get(MET_KEY).decode() if store.check([MET_KEY]) else ""
+    return job_key(f"ended/{last}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
 
 
 def stopped_key(rank: int) -> str:
@@ -44,9 +61,9 @@ def notice_of(error: BaseException) -> str:
 
 def check_notice(store: Store) -> None:
     """End this rank too if another has: refused as that one was, or with RunFailed if it failed otherwise."""
-    if not store.check([notice_key()]):
+    if not store.check([key := notice_key(store)]):
         return
-    rank, *told = json.loads(store.get(notice_key()))
+    rank, *told = json.loads(store.get(key))
     if len(told) == 1:
         raise RunFailed(f"rank {rank} has ended: {told[0]}")
     field, value, why, legal = told

@@ -37,7 +37,7 @@ def connect(timeout: timedelta) -> TCPStore | None:
 def tell_other_hosts(error: BaseException, world: World) -> None:
     """Tell ranks of other hosts, which may wait for this one, that it ends: their torchrun does not."""
     if world.hosts > 1 or isinstance(error, WrongEnvironment):
-        _with_store(lambda store: store.compare_set(notice_key(), "", notice_of(error)))
+        _with_store(lambda store: store.compare_set(notice_key(store), "", notice_of(error)))
 
 
 def tell_begun() -> None:

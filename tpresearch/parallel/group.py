@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from tpresearch.config.errors import ConfigError, RunFailed
-from tpresearch.config.other_hosts import check_notice, stopped_key
+from tpresearch.config.other_hosts import MET_KEY, check_notice, note_meeting, stopped_key
 from tpresearch.config.world import World, agent_store
 from tpresearch.parallel.device import Device, keep_freed_memory
 
@@ -34,7 +34,7 @@ ABORT_S = 10
 LET_GO_S = 0.05
 POLL_S = 0.05
 """Seconds between polls. A wait at the store would log a warning each time it ends without an answer."""
-ANNOUNCE_KEY, ANSWER_KEY, MET_KEY = "tpresearch/here", "tpresearch/answer", "tpresearch/met"
+ANNOUNCE_KEY, ANSWER_KEY = "tpresearch/here", "tpresearch/answer"
 NOTHING_LEFT = "nothing"
 """What ranks would communicate by that find their run complete."""
 
@@ -154,9 +154,10 @@ def fresh_store(
         for rank, request in enumerate(requests, 1):
             if (other := request.rpartition(" ")[2]) != backend:
                 raise _differ(backend, other, rank)
-        store.set(MET_KEY, "")
+        store.set(MET_KEY, name)
         for request in requests:
             store.set(f"{ANSWER_KEY}/{request}", name)
+        note_meeting(name)
         return PrefixStore(name, store)
     request = f"{uuid4().hex} {backend}"
     while not store.check([f"{ANSWER_KEY}/{request}"]):
@@ -164,7 +165,9 @@ def fresh_store(
         check_notice(store)
         store.set(f"{ANNOUNCE_KEY}/{world.rank}", request)
         time.sleep(POLL_S)
-    return PrefixStore(store.get(f"{ANSWER_KEY}/{request}").decode(), store)
+    name = store.get(f"{ANSWER_KEY}/{request}").decode()
+    note_meeting(name)
+    return PrefixStore(name, store)
 
 
 def _differ(mine: str, other: str, rank: int) -> ConfigError:
