@@ -87,6 +87,14 @@ class ThinnedByHand(ToyLM):
         self.set_submodule("mlp.relu", HandMadeDropout())
 
 
+class RandomlyLeaky(ToyLM):
+    """Whose activation has a random slope at each place."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.set_submodule("mlp.relu", nn.RReLU())
+
+
 class HandMadeDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(x, 0.5, self.training)

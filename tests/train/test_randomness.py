@@ -13,7 +13,7 @@ from support.assembled import assembled, planned, ranks_of_a_host, refusal
 from support.composed import config
 from support.counted_steps import FAKE
 from support.marks import exhaustive, on_card
-from support.nets import Dropped, Thinned, ThinnedByHand, model
+from support.nets import Dropped, RandomlyLeaky, Thinned, ThinnedByHand, model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -162,6 +162,14 @@ def test_a_backward_that_would_draw_anew_is_refused() -> None:
     settings = (*model(Thinned), "parallel=none", "parallel.compile=true")
     error = refusal(*settings, "parallel.activation_checkpointing=budget")
     assert str(error).startswith("parallel.activation_checkpointing=budget: mlp.relu draws")
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_noise_that_recomputing_would_not_draw_is_refused(kind: str) -> None:
+    leaky = (*model(RandomlyLeaky), "parallel=none")
+    error = refusal(*leaky, f"parallel.activation_checkpointing={kind}")
+    assert str(error).startswith(f"parallel.activation_checkpointing={kind}: mlp.relu calls rrelu")
+    assert dropped(World(), config(*leaky))[0]
 
 
 def test_the_elements_kept_follow_from_the_seed_and_the_place() -> None:

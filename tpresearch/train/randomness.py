@@ -84,22 +84,26 @@ class SeededRandomness(Observer):
 
 
 def check_randomness(model: nn.Module, plan: Plan, parallel: ParallelConfig) -> None:
-    """Refuse to compile a model in which tensor-parallel ranks could not draw apart, or whose backward would draw anew:
-    within a budget torch recomputes random ops as any other (2.11 to 2.14), and those of Python and NumPy in any case, and
-    gradients would be wrong.
+    """Refuse to compile a model in which tensor-parallel ranks could not draw apart, and one whose backward would draw anew:
+    within a budget torch recomputes random ops as any other (2.11 to 2.14), those of Python and NumPy in any case, and eager
+    `rrelu` as far as its noise, still unset (2.13; pytorch issue 193671), and gradients would be wrong.
     """
     kind, key = parallel.activation_checkpointing, "parallel.activation_checkpointing"
     if PYTHON in plan.probe.draws.get("", {}) and kind is not Checkpointing.none:
         why = "the model draws by Python's or NumPy's generator, and what is recomputed would draw anew"
         raise ConfigError(key, kind, why, "none, or draws by torch's", fix={key: "none"})
-    for name, calls in plan.probe.draws.items() if parallel.compile else ():
+    for name, calls in plan.probe.draws.items():
         in_block = name in plan.blocks or unit_of(name, plan.blocks) is not None
-        if in_block and kind is Checkpointing.budget:
+        is_rrelu = any(function.startswith("rrelu") for function in calls)
+        if in_block and is_rrelu and not parallel.compile and kind is not Checkpointing.none:
+            why = f"{name} calls rrelu, whose noise autograd keeps before it is drawn: recomputing would end there, without noise"
+            raise ConfigError(key, kind, why, "none, or another activation", fix={key: "none"})
+        if in_block and parallel.compile and kind is Checkpointing.budget:
             why = f"{name} draws random numbers in a block, and torch would draw others where it recomputes them"
             fix = {"parallel.activation_checkpointing": "selective"}
             legal = "none, selective or full"
             raise ConfigError(key, "budget", why, legal, fix=fix)
-        if not plan.rules:
+        if not (plan.rules and parallel.compile):
             continue
         if type(model.get_submodule(name)) is not nn.Dropout:
             why = f"{name or 'the model'} draws random numbers; compiled, tensor-parallel ranks draw apart only in nn.Dropout"
