@@ -46,7 +46,7 @@ from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.prediction import Prediction, predict, step_seconds
 from tpresearch.simulate.preflight import SimulationPreflight
 from tpresearch.simulate.rows import FEW_ROWS, MORE_ROWS, with_rows
-from tpresearch.simulate.trace import Trace
+from tpresearch.simulate.trace import Change, Trace
 from tpresearch.verify.ranks import Ranks
 
 WORLDS = {"ddp": 4, "fsdp": 4, "hsdp": 4, "sp": 2, "fsdp_tp": 4, "hsdp_tp": 8}
@@ -198,6 +198,14 @@ def test_steps_that_do_something_else_at_more_rows_are_recorded(monkeypatch: pyt
         asked.clear()
         traces.trace(family.with_micro_batch(8).cfg, sizes, None)
         assert sorted(asked) == recorded
+
+
+def test_a_chunk_of_the_loss_that_holds_more_than_it_found_tells_of_no_other() -> None:
+    def held(*sizes: int) -> Trace:
+        return Trace((), (), {}, tuple(Change("1 loss", "activations", size) for size in sizes))
+
+    for left, is_told in ((0, True), (8, False)):
+        assert (with_rows(held(64, -64), held(64, -64, 32, left - 32), 8) is not None) == is_told
 
 
 def test_all_that_is_legal_is_a_candidate() -> None:

@@ -535,6 +535,8 @@ def test_compiled_elementwise_ops_are_one_kernel() -> None:
     )
     assert eager == pytest.approx(bytes_s(600, cluster()))
     assert compiled == pytest.approx(bytes_s(200, cluster()))
+    (_, unread) = kernels(ops[:-1], cluster(), sizes, compiled=True)  # in this part: another may read it
+    assert unread.seconds == pytest.approx(bytes_s(200, cluster()))
 
 
 def test_a_gradient_that_is_added_to_is_written_too() -> None:
@@ -565,6 +567,8 @@ def test_async_tp_hides_gathers_and_scatters_behind_their_matmuls(sending: float
     )
     assert beside < waited
     assert beside == pytest.approx(step)
+    slow = [work(1.0), scattered[1]._replace(seconds=4.0), wait_for(2)]  # from a quarter of the matmul on
+    assert replay([slow, []], 1, cluster(), 8, compiled=True, in_chunks=True)["step"] == pytest.approx(4.25)
 
 
 def test_pieces_of_a_gather_take_nothing_from_the_matmul_beside_them() -> None:

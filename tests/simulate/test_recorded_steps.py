@@ -213,6 +213,8 @@ def test_where_depth_does_not_tell_the_whole_model_is_recorded() -> None:
         told.at_full_depth(lambda trace: {"x": float(len(trace.end) ** 3)})["x"]
         == len(told.traces[6].end) ** 3
     )
+    deeper = told.at_full_depth(lambda trace: {"x": 3.0} if trace is told.traces.get(3) else {}, check=False)
+    assert deeper == {"x": 4 * 3.0}, "none in the shallower"
 
 
 def test_the_setting_of_depth_is_found() -> None:
