@@ -527,6 +527,44 @@ def test_that_no_plan_is_valid_is_not_called_a_lack_of_memory() -> None:
     ]
 
 
+@pytest.mark.parametrize(("most", "rows"), [(16, [2, 4, 8, 16]), (4, [2, 4, 8]), (1, [2, 1])])
+def test_rows_grow_up_to_the_first_that_do_not_fit_and_one_is_for_where_two_do_not(
+    monkeypatch: pytest.MonkeyPatch, most: int, rows: list[int]
+) -> None:
+    def told(known: Recording, *_: object) -> Prediction:
+        asked = known.cfg.train.micro_batch_size or 0
+        return predicted(1.0, peak_bytes=0 if asked <= most else 10**15).prediction
+
+    monkeypatch.setattr(ranking, "predict", told)
+    cfg = at_rows(config("model=llama2_debug", "parallel=none"), 1, 16)
+    family = Candidate(cfg, validate(cfg, 1))
+    every = ranking._predict_each_micro_batch(family, recording(cfg, family.sizes), cluster())
+    assert [one.candidate.cfg.train.micro_batch_size for one in every] == rows
+
+
+@pytest.mark.parametrize(
+    ("plain_s", "tensor_s", "said"),
+    [
+        (1.0, 0.8, "tensor parallelism pays: +25.0% over the best plan without it (parallel="),
+        (0.75, 1.0, "do not use tensor parallelism here: the best plan with it is 25.0% slower"),
+        (1.01, 1.0, "tensor parallelism makes no difference here (+1.0%)"),
+        (None, 1.0, "tensor parallelism is needed: no plan without it"),
+        (1.0, None, "tensor parallelism is not an option here"),
+    ],
+)
+def test_whether_tensor_parallelism_pays_is_told_by_the_best_with_it_and_without(
+    plain_s: float | None, tensor_s: float | None, said: str
+) -> None:
+    fits = [
+        dataclasses.replace(one, candidate=dataclasses.replace(one.candidate, sizes=sizes))
+        for best_s, sizes in ((plain_s, MeshSizes(dp_shard=2)), (tensor_s, MeshSizes(tp=2)))
+        if best_s
+        for one in (predicted(best_s), predicted(2 * best_s))
+    ]
+    (found,) = advice(Ranking(fits=sorted(fits, key=lambda one: -one.speed)), 2, "llama2_debug")
+    assert found.startswith(said)
+
+
 def test_of_two_that_are_as_fast_the_one_that_holds_less_is_on_the_front() -> None:
     slow, heavy, light = (
         predicted(seconds, peak_bytes=peak) for seconds, peak in ((1.0, 5), (0.5, 9), (0.5, 7))

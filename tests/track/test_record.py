@@ -20,6 +20,7 @@ from tpresearch.track.record import (
     read_metrics,
     record_resumption,
     summary_figures,
+    was_begun,
     write_atomically,
     write_config,
     write_plan,
@@ -90,6 +91,26 @@ def test_a_run_s_speed_is_that_of_the_steps_that_its_last_plan_took(tmp_path: Pa
     assert [measured_from(tmp_path, step, 8) for step in (6, 8)] == [6, 4]
     write_plan(tmp_path, "fsdp", 8)
     assert measured_from(tmp_path, 8, 8) == 8
+
+
+def test_a_start_from_a_checkpoint_is_gone_on_with_unless_it_has_ended_or_is_another(tmp_path: Path) -> None:
+    config = {"resume": "run/checkpoints/step-00000004", "seed": 0}
+    assert not was_begun(tmp_path, config)
+    write_config(tmp_path, config)
+    record_resumption(tmp_path, {"step": 4})
+    assert was_begun(tmp_path, config)
+    assert not was_begun(tmp_path, config | {"seed": 1})
+    for status, goes_on in {
+        "preempted": True,
+        "failed": True,
+        "interrupted": False,
+        "completed": False,
+    }.items():
+        write_summary(tmp_path, {"status": status})
+        assert was_begun(tmp_path, config) == goes_on
+    (tmp_path / "summary.json").unlink()
+    record_resumption(tmp_path, {"step": 6})
+    assert not was_begun(tmp_path, config), "it has gone on from another since"
 
 
 def test_medians_leave_out_every_row_that_covers_a_warm_up_step() -> None:
