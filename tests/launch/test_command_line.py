@@ -154,7 +154,11 @@ def test_a_proposed_command_says_how_hosts_meet_as_it_was_typed(
 
 
 @pytest.mark.parametrize(
-    "text", ["a b", "it's", "a\\b c", "a\\", "a\\'", "\\\\'\\", "'", '"', "#é=[,]{}", "a\\\n"]
+    "text",
+    [
+        *("a b", "it's", "a\\b c", "a\\", "a\\'", "\\\\'\\", "'", '"', "#é=[,]{}", "a\\\n"),
+        *("1e5", "1_000", "1.10", "-.5", "12", "true", "Null", "nan"),
+    ],
 )
 def test_hydra_reads_a_quoted_value_as_it_was(text: str) -> None:
     assert OverridesParser.create().parse_override(override("key", text)).value() == text

@@ -13,6 +13,7 @@ from support.launches import PROGRAM, Command
 from tpresearch import load
 from tpresearch.config import ConfigError
 from tpresearch.config.world import World
+from tpresearch.launch.composition import Composition
 from tpresearch.launch.refuse import refuse
 
 pytestmark = pytest.mark.cli
@@ -123,6 +124,7 @@ REFUSED = [
     ("hydra.output_subdir=../x", "hydra.output_subdir=../x: Hydra's record of the config is kept inside", ""),
     ("hydra.run.dir=/dev/null/x", "hydra.run.dir=/dev/null/x: cannot be written: Not a directory; ", None),
     ("name=too_few_ranks", "mesh.tp=2: cannot divide 1; 1, or 2 ranks", "name=too_few_ranks"),
+    ("name=1e5", "name=1e5: Hydra would make the text 100000.0 of it; text in quotes", "'name='\"'\"'1e5'\"'\"''"),
 ]  # fmt: skip
 TYPED = [row[0] for row in REFUSED]
 
@@ -151,6 +153,23 @@ def test_a_wrong_config_is_refused_in_one_line(
 def test_a_list_or_a_number_for_one_of_several_words_is_told_the_words(typed: str, said: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(typed)}: {said}"):
         load(typed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "made"),
+    [
+        ("logger.tags=[a,1e-4]", "0.0001"),
+        ("logger.group=a,2e3", "2000.0"),
+        ("data.name=1.10", "1.1"),
+        ("data.split=true", "True"),
+        ("hydra.run.dir=1_000", "1000"),
+    ],
+)
+def test_text_that_hydra_would_write_otherwise_is_refused(typed: str, made: str) -> None:
+    with pytest.raises(ConfigError, match=f"Hydra would make the text {made} of it"):
+        Composition("train", [typed]).refuse_unusable()
+    for kept in ("logger.name=12", "logger.name='1e5'", "logger.tags=[a,1.5,'1e5']", "logger.group=null"):
+        Composition("train", [kept]).refuse_unusable()
 
 
 @pytest.mark.parametrize(

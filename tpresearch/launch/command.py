@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,7 +161,14 @@ def override(key: str, value: object) -> str:
 
 
 def quote(value: object) -> str:
-    """Text as a value of an override, quoted as far as Hydra's grammar requires."""
+    """Text as a value of an override, quoted as far as Hydra's grammar requires, which takes `1e5` for a number."""
     text = str(value)
-    is_plain = re.fullmatch(r"[\w./-]+", text, re.ASCII)
+    is_plain = re.fullmatch(r"[\w./-]+", text, re.ASCII) and not _is_read_otherwise(text)
     return text if is_plain else QuotedString(text, Quote.single).with_quotes()
+
+
+def _is_read_otherwise(text: str) -> bool:
+    with suppress(ValueError):
+        float(text)
+        return True
+    return text.lower() in ("true", "false", "null")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,16 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from tpresearch.config.compose import resolve_paths, to_config
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import Config
-from tpresearch.launch.command import is_within, override_key, values_by_key
+from tpresearch.config.schema import ComposedConfig, Config
+from tpresearch.config.values import declared
+from tpresearch.launch.command import is_within, override_key, quote, values_by_key
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OverflowError)
 """What composing raises for a config file or an override that is wrong."""
@@ -124,13 +128,16 @@ class Composition:
 
     def refuse_unusable(self) -> None:
         """Refuse what Hydra takes, and the framework cannot use: its own `???` is a traceback where it is first read, which for its
-        own settings is late; a search path without its folder is a warning; a config group that is deleted leaves the schema's
+        own settings is late; a search path without its folder is a warning; text that it takes for a number is written as it writes
+        that; a config group that is deleted leaves the schema's
         defaults, as if one had been chosen; and one that is added has no effect where the program does not compose it.
         """
         if key := next((override_key(typed) for typed in self.overrides if typed.endswith("=???")), None):
             raise ConfigError(key, "???", "it must be set", f"{key}=VALUE", fix={key: "VALUE"})
         if typed := self.typed.get("hydra.searchpath"):
             _refuse_search_path(typed)
+        for key in self.typed.keys() & text_keys():
+            _refuse_changed_text(key, self.typed[key])
         deleted = [override_key(typed) for typed in self.overrides if typed.startswith("~")]
         groups = self.groups() if deleted else {}
         if group := next((key for key in deleted if key in groups), None):
@@ -200,6 +207,33 @@ def _refuse_search_path(typed: str) -> None:
             folder = str(place).removeprefix(FILE)
             if "://" not in folder and not Path(folder).is_dir():
                 raise ConfigError(key, place, "no such folder", legal, fix={key: "VALUE"})
+
+
+def _refuse_changed_text(key: str, typed: str) -> None:
+    """Refuse `logger.name=1e5`, which would become 100000.0, and such an item of a list or of a sweep."""
+    with suppress(HydraException):  # which is said where it is composed
+        value = OverridesParser.create().parse_override(f"{key}={typed}").value()
+        items = value.list if isinstance(value, ChoiceSweep) else [value]
+        words = re.split(r"[\s,\[\]]+", typed)
+        for item in (each for one in items for each in (one if isinstance(one, list) else [one])):
+            if isinstance(item, bool | int | float) and str(item) not in words:
+                why = f"Hydra would make the text {item} of it"
+                fix = {key: quote(typed) if item is value else "VALUE"}
+                raise ConfigError(key, typed, why, "text in quotes, within those of the shell", fix=fix)
+
+
+@cache
+def text_keys() -> frozenset[str]:
+    """Keys of texts, and of lists of them."""
+
+    def of(schema: type, prefix: str = "") -> Iterator[str]:
+        for name, (hint, _) in declared(schema).items():
+            if dataclasses.is_dataclass(hint):
+                yield from of(hint, f"{prefix}{name}.")
+            elif hint in (str, str | None, list[str]):
+                yield f"{prefix}{name}"
+
+    return frozenset((*of(ComposedConfig), "hydra.run.dir", "hydra.sweep.dir", "hydra.job.name"))
 
 
 def typed_config(config: DictConfig) -> Config:
