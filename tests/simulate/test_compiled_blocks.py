@@ -110,8 +110,12 @@ def test_a_compiled_step_holds_less_by_what_each_block_keeps_less(depth: int) ->
     grown = told.trace(3).memory["0 forward/activations"] - told.trace(2).memory["0 forward/activations"]
     kept = 4 * told.block.saved_bytes_per_row
     assert told.deepest == min(depth, 3)
-    name = "1 loss/activations"
-    assert by_eager[name] - by_compiled[name] == pytest.approx(depth * (grown - kept))
+    blocks = {"0 forward": depth, "1 loss": depth, "2 backward": depth, "2 backward ends": 1}
+    for name, held in by_eager.items():  # `3 backward` sums partial gradients
+        moment, _, kind = name.partition("/")
+        if kind == "activations":
+            less = blocks.get(moment, 0) * (grown - kept)
+            assert by_compiled[name] == pytest.approx(max(0.0, held - less)), name
     assert 0 < sum(peak_moment(by_compiled).values()) < sum(peak_moment(by_eager).values())
 
 

@@ -31,6 +31,7 @@ from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.kept import save_slow_ops
 from tpresearch.parallel.weights import materialize
 from tpresearch.simulate.cluster import parse_cluster
+from tpresearch.simulate.device_memory import MICRO_BATCH
 from tpresearch.simulate.fake_ranks import fake_mesh
 from tpresearch.train.preflight import plan_model
 from tpresearch.train.state import MasterWeights
@@ -199,8 +200,9 @@ def with_compiled_blocks(held: Mapping[str, float], more: float, depth: int) -> 
     found = dict(held)
     for name in found:
         moment, _, kind = name.partition("/")
-        phase = moment.partition(" ")[2]
-        if kind == "activations" and phase in ("forward", "loss", "backward"):
+        number, _, phase = moment.partition(" ")
+        # What sums gradients at the end of a step is called backward too, and then no block keeps anything.
+        if kind == "activations" and phase == MICRO_BATCH[int(number) % len(MICRO_BATCH)]:
             found[name] += depth * more
         elif kind == "activations" and phase == "backward ends":
             found[name] = max(0.0, found[name] + more)

@@ -107,7 +107,8 @@ def by_moment(changes: Iterable[Change]) -> dict[str, int]:
     return found
 
 
-PHASES_OF_A_MICRO_BATCH = 3
+MICRO_BATCH = ("forward", "loss", "backward")
+"""Phases of each micro-batch, which are numbered from 0; those of the end of a step follow."""
 
 
 def peak_moment(by_moment: Mapping[str, float], micro_batches: int | None = None) -> dict[str, float]:
@@ -123,11 +124,11 @@ def peak_moment(by_moment: Mapping[str, float], micro_batches: int | None = None
     if micro_batches:
         place = {moment: int(moment.split()[0]) for moment in moments}
         last = max(number for moment, number in place.items() if moment.split()[1] == "forward")
-        recorded = range(0, last + 1, PHASES_OF_A_MICRO_BATCH)
+        recorded = range(0, last + 1, len(MICRO_BATCH))
         left_out = {
             first + i
             for first in {*recorded} - {*of_fewer(recorded, micro_batches)}
-            for i in range(PHASES_OF_A_MICRO_BATCH)
+            for i in range(len(MICRO_BATCH))
         }
         moments = {moment: held for moment, held in moments.items() if place[moment] not in left_out}
     return max(moments.values(), key=lambda held: sum(held.values()))
