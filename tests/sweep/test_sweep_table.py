@@ -98,6 +98,12 @@ def test_seeds_are_taken_together(tmp_path: Path) -> None:
     assert seeds
     assert seeds.header == ["parallel", "ranks", "seeds", "loss"]
     assert [[cell.text for cell in row] for row in seeds.rows] == [["tp", "2", "2", "5.500 ± 0.707"]]
+    again = dataclasses.replace(
+        outcomes[1], job=dataclasses.replace(jobs[1], number=3)
+    )  # as lr=0.1,1e-1 does
+    repeating = seed_table([*outcomes, again])
+    assert repeating
+    assert repeating.rows == seeds.rows, "a seed counts once"
     write_files(tmp_path, outcomes)
     assert "| tp | 2 | 2 | 5.500 ± 0.707 |" in (tmp_path / "summary.md").read_text()
     assert seed_table(outcomes[1:]) is None

@@ -74,12 +74,13 @@ def differing(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def seed_table(outcomes: Sequence[Outcome]) -> Table | None:
-    """Mean and standard deviation over the completed jobs that differ in train.seed alone, if there are any."""
-    groups: dict[str, list[Outcome]] = {}
+    """Mean and standard deviation over the completed jobs that differ in train.seed alone, if there are any; of jobs of one seed that
+    are the same, over the last."""
+    groups: dict[str, dict[str, Outcome]] = {}
     for outcome in outcomes:
         if outcome.status == "completed" and outcome.summary:
-            groups.setdefault(outcome.job.group, []).append(outcome)
-    repeated = [each for each in groups.values() if len({outcome.job.signature for outcome in each}) > 1]
+            groups.setdefault(outcome.job.group, {})[outcome.job.signature] = outcome
+    repeated = [[*each.values()] for each in groups.values() if len(each) > 1]
     if not repeated:
         return None
     keys = [key for key in differing(outcomes) if key != SEED]
