@@ -84,6 +84,12 @@ def test_no_file_is_two_ideas() -> None:
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
 
 
+def test_results_are_complete_or_absent() -> None:
+    """JSON is written by `track.record.write_json`, but for what writes into a draft, or tells torchrun why a rank has ended."""
+    written = [path for path in modules().values() if "write_text(json." in path.read_text()]
+    assert {path.parent.name for path in written} == {"data", "hf", "launch"}
+
+
 def test_models_know_nothing_of_ranks() -> None:
     for path in (ROOT / "tpresearch" / "models").glob("*.py"):
         assert "torch.distributed" not in path.read_text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -19,6 +18,7 @@ from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import WrongCommand
 from tpresearch.launch.options import command, read_options
 from tpresearch.launch.run_dir import writable_folder
+from tpresearch.track.record import write_json
 from tpresearch.track.text import path_text
 from tpresearch.track.wandb_host import has_key
 from tpresearch.track.wandb_run import set_up
@@ -75,7 +75,7 @@ def write(options: Options) -> None:
         content = view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
         with refuse_unwritable("out", folder, {"out": writable_folder("dashboard")}):
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_json(path, content)
         print(f"{kind:<10} {path_text(path)}")
 
 

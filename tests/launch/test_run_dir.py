@@ -154,6 +154,33 @@ def test_an_earlier_record_is_set_aside_and_what_is_no_runs_stays(
         assert there(tmp_path / f"mine.earlier-{nth}") == aside
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="only Linux has this other disk")
+def test_an_earlier_record_stays_on_its_disk(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
+        (tmp_path / "mine").symlink_to(disk)
+        for nth in (1, 2):
+            leave(tmp_path / "mine", *RECORD)
+            assert agree("mine") == "mine"
+            assert there(Path(disk, f"run.earlier-{nth}")) == {Path(name).parts[0] for name in RECORD} - {
+                "notes.txt"
+            }
+        assert there(Path(disk)) == {".lock", "notes.txt", "run.earlier-1", "run.earlier-2"}
+        assert there(tmp_path) == {"mine"}
+
+
+@pytest.mark.parametrize("resume", ["auto", "mine"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("metrics.jsonl", "file"), (".hydra/config.yaml", "file"), ("ranks", "folder")]
+)
+def test_what_a_run_cannot_write_to_is_named(name: str, kind: str, resume: str, tmp_path: Path) -> None:
+    leave(tmp_path / "mine", "summary.json", "checkpoints/step-00000003/checkpoint.json")
+    (tmp_path / "mine" / name).mkdir(parents=True) if kind == "file" else leave(tmp_path / "mine", name)
+    with pytest.raises(ConfigError, match=f"mine: its {name} is not a {kind}; ") as refused:
+        agree("mine", resume=resume)
+    elsewhere = {"hydra.run.dir": Path("mine-2")}
+    assert refused.value.fix == (elsewhere if resume == "auto" else {"resume": None, "init_from": "mine"})
+
+
 @pytest.mark.parametrize("record", ["verify.json", "planner.json"])
 def test_the_record_of_a_verification_or_a_planning_is_set_aside_too(tmp_path: Path, record: str) -> None:
     """Else one that is stopped in the folder would have the results of another config."""

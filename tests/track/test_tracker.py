@@ -108,7 +108,6 @@ def test_from_an_older_checkpoint_than_the_newest_the_record_continues_after_tha
         file.write(
             b"\xff\n"
         )  # damage, as by a crash of the host, neither keeps a run from resuming nor is dropped
-    (run_dir / "resumed.json").write_text("[{")
     resumed = track(start_step=STEPS, plan="another")
     resumed.resume_from(4)
     resumed.finish("failed")
@@ -120,6 +119,23 @@ def test_from_an_older_checkpoint_than_the_newest_the_record_continues_after_tha
     *cut, damaged = (run_dir / "metrics.cut.jsonl").read_bytes().splitlines()
     assert [json.loads(line)["train/step"] for line in cut] == [5, 6, 7, 8]
     assert damaged == b"\xff"
+
+
+@pytest.mark.parametrize("resumptions", ["[{", "5", "[1]", '[{"step": "x"}]', "[" * 100_000])
+def test_a_record_that_is_damaged_keeps_no_run_from_resuming(
+    track: Callable[..., Tracker], run_dir: Path, resumptions: str
+) -> None:
+    train(track())
+    (run_dir / "resumed.json").write_text(resumptions)
+    for name in ("config.yaml", "plan.txt"):
+        (run_dir / name).write_bytes(b"\xff")
+    resumed = track(start_step=STEPS, plan="another")
+    resumed.resume_from(4)
+    resumed.finish("failed")
+    assert [each["step"] for each in read_summary(run_dir)["resumed"]] == [4]
+    assert (run_dir / "plan.txt").read_text() == "another\n"
+    kept = [(run_dir / name).read_bytes() for name in ("config.step-00000004.yaml", "plan.step-00000004.txt")]
+    assert kept == [b"\xff", b"\xff"], "as it was"
 
 
 @pytest.mark.parametrize(("plan", "speed"), [("the plan", 6007.0), ("another", None)])

@@ -20,10 +20,11 @@ RECORD_FILES = ("config.yaml", "plan.txt", "metrics.jsonl", "summary.json", "led
 """Files that a training writes; those of a second one would mix with them."""
 OTHER_RECORDS = ("simulate.json", "planner.json", "verify.json")
 """Those of commands that do not train: one that is stopped would leave an earlier one's beside its own config."""
+RECORD_FOLDERS = (".hydra", "ranks", "wandb", "tensorboard", "profiler", "tokenizer", "checkpoints")
 RUN_FILES = (
     *(*RECORD_FILES, "*.step-*", "metrics.cut.jsonl", "resumed.json"),
-    *(*OTHER_RECORDS, "trace.json", "planner.png"),
-    *(".hydra", "train.log", "ranks", "wandb", "tensorboard", "profiler", "tokenizer", "checkpoints"),
+    *(*OTHER_RECORDS, "trace.json", "planner.png", "train.log"),
+    *RECORD_FOLDERS,
 )
 """Patterns of all files that a run leaves in its folder. Any others are the user's and stay."""
 RUN_MARKERS = (".hydra", "metrics.jsonl", "summary.json")
@@ -62,18 +63,48 @@ def check_left_by_run(folder: Path) -> None:
         raise ConfigError("hydra.run.dir", folder, why, legal, fix={"hydra.run.dir": folder / "run"})
 
 
+def check_kinds(folder: Path, elsewhere: Fix = None) -> None:
+    """Refuse a folder with something else where a run has a file or a folder of its own.
+
+    Args:
+        elsewhere: as of `lock_folder`.
+    """
+    of_hydra = (f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))
+    files = (*RECORD_FILES, *OTHER_RECORDS, "metrics.cut.jsonl", "resumed.json", "train.log", *of_hydra)
+    for name in (*RECORD_FOLDERS, *files):
+        path, is_file = folder / name, name in files
+        if os.path.lexists(path) and not (path.is_file() if is_file else path.is_dir()):
+            key, why = "hydra.run.dir", f"its {name} is not a {'file' if is_file else 'folder'}"
+            legal = "a folder in which that is a run's, or is not there"
+            raise ConfigError(key, folder, why, legal, elsewhere or {key: free_name(folder, "-")})
+
+
 def set_aside_record(folder: Path) -> None:
-    """Move an earlier run's files to a folder beside its own. Where no run was, folders of these names are the user's, and stay."""
+    """Move an earlier run's files to a folder beside its own, or inside of it if they cannot be moved there, as to another disk. Where
+    no run was, folders of these names are the user's, and stay."""
     if not (
         step_folders(folder) or any((folder / name).exists() for name in (*RECORD_FILES, *OTHER_RECORDS))
     ):
         return
+    first, *others = (path for pattern in RUN_FILES for path in folder.glob(pattern))
     aside = free_name(folder, EARLIER_SUFFIX)
-    aside.mkdir()
-    for pattern in RUN_FILES:
-        for path in folder.glob(pattern):
-            path.rename(aside / path.name)
+    try:
+        _move_to_new(aside, first)
+    except OSError:
+        aside = free_name(folder / "run", EARLIER_SUFFIX)
+        _move_to_new(aside, first)
+    for path in others:
+        path.rename(aside / path.name)
     print(f"the record of an earlier run in {folder} is now in {aside}", file=sys.stderr)
+
+
+def _move_to_new(folder: Path, path: Path) -> None:
+    folder.mkdir()
+    try:
+        path.rename(folder / path.name)
+    except OSError:
+        folder.rmdir()
+        raise
 
 
 def free_name(folder: Path, between: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 from typing import NoReturn
@@ -20,6 +19,7 @@ from tpresearch.launch.stop import Stopped
 from tpresearch.planner.candidates import Candidate, candidate_plans
 from tpresearch.simulate.preflight import SimulationPreflight, check_simulation
 from tpresearch.simulate.sources import with_own_sources
+from tpresearch.track.record import write_json
 
 
 def preflight_planner(cfg: Config, world: World) -> SimulationPreflight:
@@ -72,7 +72,7 @@ def main(job: SimulationPreflight, run: Run) -> None:
     cluster = with_own_sources(job.cluster, chosen_files("cluster"), run.command.arguments)
     signal.signal(signal.SIGTERM, _stop)  # else semaphores of its workers would be left, and reported
     ranking = rank(cfg, sizes.world, cluster, workers=len(os.sched_getaffinity(0)))
-    (run.folder / "planner.json").write_text(json.dumps(as_json(ranking), indent=2) + "\n")
+    write_json(run.folder / "planner.json", as_json(ranking))
     best = ranking.fits[0] if ranking.fits else None
     typed, options = run.command.arguments, chosen_options()
     command = training_command(best.candidate, typed, cluster, cfg.mesh, options) if best else None

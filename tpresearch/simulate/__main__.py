@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 from tpresearch.launch import Run, entrypoint
 from tpresearch.launch.composition import chosen_files
 from tpresearch.launch.garbage import gc_paused
 from tpresearch.simulate.preflight import SimulationPreflight, preflight
 from tpresearch.simulate.sources import with_own_sources
+from tpresearch.track.record import write_json
 
 
 @entrypoint("simulate", preflight=preflight)
@@ -25,7 +24,7 @@ def main(job: SimulationPreflight, run: Run) -> None:
     recorded = recording(cfg, sizes)
     prediction = predict(recorded, cluster)
     path = run.folder / "simulate.json"
-    path.write_text(json.dumps(prediction.as_json(), indent=2) + "\n")
+    write_json(path, prediction.as_json())
     write_run(prediction, run.folder)
     print(report(prediction))
     print(*(f"\n  {line}" for line in (*job.notes, path)), sep="")

@@ -72,4 +72,4 @@ def write_trace(spans: Sequence[Span], path: Path) -> None:
         }
         for span in spans
     ]
-    path.write_text(json.dumps({"traceEvents": [*names, *events]}))
+    record.write_atomically(path, json.dumps({"traceEvents": [*names, *events]}))

@@ -140,7 +140,7 @@ def _write_keeping_earlier(step: int, path: Path, content: str) -> None:
     later = sorted(each for each in path.parent.glob(f"{path.stem}.step-*") if each.name > kept.name)
     until = next(iter(later), path)
     # If there is one of this step, no checkpoint followed what `path` holds.
-    if step and until.exists() and not kept.exists() and until.read_text(encoding="utf-8") != content:
+    if step and until.exists() and not kept.exists() and until.read_bytes() != _bytes_of(content):
         until.rename(kept)
     for each in later:
         each.unlink(missing_ok=True)
@@ -152,7 +152,7 @@ def _kept_name(path: Path, step: int) -> Path:
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    _write_json(folder / SUMMARY_FILE, without_nonfinite(summary))
+    write_json(folder / SUMMARY_FILE, summary)
 
 
 def without_nonfinite(value: Any) -> Any:
@@ -177,16 +177,16 @@ def write_plan(folder: Path, plan: str, step: int) -> None:
 
 def record_resumption(folder: Path, entry: Mapping[str, Any]) -> None:
     """resumed.json: one entry per resumption, with the step, the ranks and the mesh."""
-    _write_json(folder / "resumed.json", [*read_resumptions(folder), dict(entry)])
+    write_json(folder / "resumed.json", [*read_resumptions(folder), dict(entry)])
 
 
 def read_resumptions(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "resumed.json"
+    """resumed.json, without what is damaged: it is a record, and no run depends on it."""
     try:
-        found: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else []
-    except ValueError:  # damaged: it is a record, and no run depends on it
+        found = read_record(folder / "resumed.json")
+        return [each for each in found if isinstance(each["step"], int)]
+    except (FileNotFoundError, ValueError, TypeError, LookupError):
         return []
-    return found
 
 
 def was_begun(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -215,11 +215,12 @@ def measured_from(folder: Path, step: int, total_steps: int) -> int:
 
 def write_ledger(folder: Path, ledger: Mapping[str, Any]) -> None:
     """ledger.json: what one step sent and held, and what formulas expect."""
-    _write_json(folder / LEDGER_FILE, ledger)
+    write_json(folder / LEDGER_FILE, ledger)
 
 
-def _write_json(path: Path, content: object) -> None:
-    write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+def write_json(path: Path, content: object) -> None:
+    """Write plain data as a JSON file, complete or absent, with null for each number that is not finite."""
+    write_atomically(path, json.dumps(without_nonfinite(content), indent=2, allow_nan=False) + "\n")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -227,10 +228,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     draft = path.with_name(f".{path.name}.draft")
     try:
         with draft.open("wb") as file:
-            # A path in it need not be UTF-8: its bytes stay what they are.
-            file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
+            file.write(_bytes_of(content) if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _bytes_of(text: str) -> bytes:
+    """A text as it is written: a path in it need not be UTF-8, whose bytes stay what they are."""
+    return text.encode(errors="surrogateescape")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from tpresearch.config.choices import ProfilerName
 from tpresearch.config.schema import ProfilerConfig
+from tpresearch.track.record import write_json
 from tpresearch.train.observe import Observer
 from tpresearch.train.state import TrainState
 
@@ -91,7 +91,7 @@ class Profiler(Observer):
         where.mkdir(parents=True, exist_ok=True)
         profiled.export_chrome_trace(str(where / f"trace-rank{self._rank}.json.gz"))
         found = summarize(profiled.key_averages(), self._on_cuda, self._config.steps)
-        (where / f"kernels-rank{self._rank}.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_json(where / f"kernels-rank{self._rank}.json", found)
         if self._config.memory:
             torch.cuda.memory._dump_snapshot(str(where / f"memory-rank{self._rank}.pickle"))
         classes = ", ".join(f"{name} {row['ms']:.1f}" for name, row in found["classes"].items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +15,7 @@ from tpresearch.checkpoint.resume import not_resuming
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.launch import Run, World, entrypoint
-from tpresearch.track.record import without_nonfinite
+from tpresearch.track.record import write_json
 
 if TYPE_CHECKING:
     from tpresearch.verify.plans import Result  # it imports torch, for which a refused config should not wait
@@ -74,7 +73,7 @@ def main(job: VerifyPreflight, run: Run) -> None:
         "results": [dataclasses.asdict(result) | {"passed": result.passed} for result in results],
     }
     path = run.folder / "verify.json"
-    path.write_text(json.dumps(without_nonfinite(record), indent=2, allow_nan=False) + "\n")
+    write_json(path, record)
     print_table(results, path)
     if not record["passed"]:
         sys.exit(1)
