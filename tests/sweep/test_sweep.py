@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ from tpresearch.sweep.running import (
     run_jobs,
     set_aside,
 )
+from tpresearch.sweep.slurm import NodeAgent
 
 
 @pytest.fixture
@@ -413,6 +415,22 @@ def test_slurms_nodes_are_asked_for_whatever_gpus_are_here(
     monkeypatch.setattr(launcher.TorchrunLauncher, "ranks_per_node", 8)
     sweep("parallel=none,fsdp", "device=cuda", "world_size=16", "train.global_batch_size=16", cpu_slots=17)
     assert [(job.slots, job.gpus, job.nodes) for job in sweep.started] == [(1, False, 1), (16, False, 2)]
+
+
+def test_slurms_jobs_meet_at_ports_of_their_own_that_linux_gives_to_no_connection() -> None:
+    """By default, net.ipv4.ip_local_port_range begins at 32768. Jobs may share a node."""
+
+    def port(task: int) -> int:
+        node: Any = SimpleNamespace(num_nodes=2, job_id=f"41_{task}", hostnames=["a", "b"])
+        (endpoint,) = [
+            word for word in NodeAgent([], 1, Path())._agent(node) if word.startswith("--rdzv-endpoint=a:")
+        ]
+        return int(endpoint.rpartition(":")[2])
+
+    ports = [port(task) for task in range(32)]
+    assert len(set(ports)) == 32
+    assert 1024 <= min(ports) <= max(ports) < 32768
+    assert port(7) == ports[7], "as the job's other node has it"
 
 
 def test_ranks_that_do_not_fill_nodes_alike_are_refused(
