@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
+import os
 import pickle
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from support.checkpointed import Went, calls, equal, go, on_disk
-from support.composed import config
+from support.composed import config, corpus
 from support.made_checkpoints import save
 from support.marks import exhaustive
 from support.nets import Buffered, Frozen, Tied, Unused, model
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
     TensorProperties,
@@ -31,8 +34,11 @@ from tpresearch.checkpoint.save import check_finite
 from tpresearch.checkpoint.state import make_destination
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
+from tpresearch.data.rows import PackedCorpus
 from tpresearch.launch import Run
+from tpresearch.models.toy_mlp import ToyLM
 from tpresearch.plan.meta import meta_model
+from tpresearch.train.main import open_tracker
 from tpresearch.train.preflight import preflight
 from tpresearch.train.saving import check_disk, checkpoint_bytes, log_resumption
 from tpresearch.train.state import TrainState
@@ -93,6 +99,30 @@ def test_what_is_not_there_is_not_saved_and_a_tied_weight_once(
     assert not [name for name in names if name.startswith(absent)]
 
 
+class Rising(ToyLM):
+    """Whose logits grow with each step, by a number that it keeps as torch's state_dict would have it."""
+
+    rise = 1.0
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        self.rise += self.training
+        return super().forward(tokens) * self.rise
+
+    def get_extra_state(self) -> float:
+        return self.rise
+
+    def set_extra_state(self, state: float) -> None:
+        self.rise = state
+
+
+def test_state_of_a_model_that_no_checkpoint_has_is_named(tmp_path: Path) -> None:
+    cfg = config("parallel=none", *model(Rising))
+    never_stopped = alone(cfg, 4, run=tmp_path, at=2)
+    assert alone(cfg, 2, start=folder_of(tmp_path, 2)).losses != never_stopped.losses[2:]
+    (note,) = preflight(cfg, World()).notes
+    assert note.startswith("the model: what its get_extra_state returns is in no checkpoint: a run that res")
+
+
 def test_a_bfloat16_run_saves_its_float32_weights(tmp_path: Path) -> None:
     went = alone(config("parallel=none", *KINDS["bfloat16"]), 2, run=tmp_path, at=2)
     saved = on_disk(folder_of(tmp_path, 2))
@@ -144,6 +174,17 @@ def test_a_disk_needs_room_for_what_is_kept_and_one_more_or_for_all_that_comes(
     job.cfg.train.steps = there or 1
     room = 0
     check_disk(job, Run(tmp_path, World()), found or [read_checkpoint(save(tmp_path, 1))])
+
+
+def test_a_disk_that_has_no_room_for_the_tokenizer_is_refused(tmp_path: Path) -> None:
+    job = preflight(config("parallel=none", "model=toy_mlp"), World())
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    said = rf"^hydra\.run\.dir={tmp_path}: cannot be written: No space left on device;"
+    with (
+        patch.object(PackedCorpus, "save_tokenizer", side_effect=full),
+        pytest.raises(ConfigError, match=said),
+    ):
+        open_tracker(job, Run(tmp_path, World()), corpus(), "", [])
 
 
 @pytest.mark.parametrize(

@@ -241,15 +241,22 @@ def test_a_disk_without_locks_is_refused(
     assert refusal.value.field == "data.cache_dir"
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "no space left"),
+        (errno.EFBIG, "larger than this process may write; a larger ulimit -f"),
+    ],
+)
 def test_a_failed_stage_leaves_nothing(
-    data: DataConfig, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+    data: DataConfig, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch, number: int, said: str
 ) -> None:
     def full(folder: Path, *_: object) -> None:
         (folder / "train.bin").touch()
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(pipeline, "write_streams", full)
-    with pytest.raises(ConfigError, match="no space left") as refusal:
+    with pytest.raises(ConfigError, match=said) as refusal:
         prepared(data, bpe)
     assert refusal.value.field == "data.cache_dir"
     assert [path.suffix for path in (Path(data.cache_dir) / "tokens").iterdir()] == [".lock"]

@@ -52,6 +52,14 @@ def model_state(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Te
     return {f"{MODEL}{name}": tensor for name, tensor in {**weights, **kept}.items()}
 
 
+def unsaved_module(model: nn.Module) -> str | None:
+    """The first module with state that `model_state` leaves out, since it need not be a tensor: its `get_extra_state`."""
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            return name or "the model"
+    return None
+
+
 def make_destination(
     trained: CheckpointedState, weights: Mapping[str, Tensor], saved: Mapping[str, TensorStorageMetadata]
 ) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ def build_once(
         is_leader: whether this process shows progress; the others let it build, if it starts soon.
 
     Raises:
-        ConfigError: naming data.cache_dir, where the disk is full, has no locks, or the files are another user's.
+        ConfigError: naming data.cache_dir, where the disk is full or has no locks, or files may not grow so large or are another user's.
     """
     try:
         if (meta := _read_usable(folder)) is None:
@@ -63,6 +63,8 @@ def build_once(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             why, legal = "no space left", "a disk with room"
+        elif error.errno == errno.EFBIG:
+            why, legal = "its files are larger than this process may write", "a larger ulimit -f"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             why = f"{error.filename} may not be used by user {os.getuid()}"
             legal = "a folder that this user can write"

@@ -16,6 +16,7 @@ from tpresearch.checkpoint.load import restore
 from tpresearch.checkpoint.resume import check_corpus, checkpoints_to_resume
 from tpresearch.config.axes import AXES
 from tpresearch.config.compose import as_dict
+from tpresearch.config.errors import refuse_unwritable
 from tpresearch.config.validate import total_steps
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, check_enough_rows
@@ -187,11 +188,13 @@ def build_observers(
 def open_tracker(
     job: Preflight, run: Run, corpus: AnyCorpus, plan: str, found: list[Checkpoint]
 ) -> AbstractContextManager[Tracker | None]:
-    """The tracker, on rank 0; nothing on other ranks."""
+    """The tracker, on rank 0; nothing on other ranks.
+
+    Raises:
+        ConfigError: if its first files cannot be written.
+    """
     if run.world.rank != 0 or job.device is None:
         return nullcontext()
-    if isinstance(corpus, PackedCorpus):
-        corpus.save_tokenizer(job.cfg.tokenizer, run.folder)
     facts = RunFacts(
         run.world.size,
         job.sizes.nontrivial(),
@@ -205,7 +208,10 @@ def open_tracker(
     )
     steps, after = total_steps(job.cfg), NextSteps(run.command, run.check_command)
     start = found[0].step if found else 0
-    return Tracker(job.cfg, run.folder, facts, steps, start_step=start, plan=plan, next_steps=after)
+    with refuse_unwritable("hydra.run.dir", run.folder):
+        if isinstance(corpus, PackedCorpus):
+            corpus.save_tokenizer(job.cfg.tokenizer, run.folder)
+        return Tracker(job.cfg, run.folder, facts, steps, start_step=start, plan=plan, next_steps=after)
 
 
 def initial_weights(init_from: str | None, found: list[Checkpoint]) -> str | None:

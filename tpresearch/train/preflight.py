@@ -112,7 +112,8 @@ def _propose_fewer_ranks(error: ConfigError, cfg: Config, world: World) -> None:
 
 def _preflight(cfg: Config, world: World, resumes: bool) -> Preflight:
     sizes = quick_check(cfg, world)
-    from tpresearch.parallel.device import choose_device  # late: they import torch
+    from tpresearch.checkpoint.state import unsaved_module  # late: they import torch
+    from tpresearch.parallel.device import choose_device
     from tpresearch.parallel.float8 import check_float8
 
     starts_ranks = not cfg.plan_only and world.here
@@ -139,6 +140,9 @@ def _preflight(cfg: Config, world: World, resumes: bool) -> Preflight:
         unknown = "the model's forward depends on values, and that of a rank is not checked before it runs"
     if unknown:
         notes.append(f"{unknown}: tpresearch.verify tells whether it computes the same")
+    if unsaved := unsaved_module(model):
+        begins_anew = "a run that resumes goes on without it; what a buffer holds is saved"
+        notes.append(f"{unsaved}: what its get_extra_state returns is in no checkpoint: {begins_anew}")
     if not resumes:
         notes += check_init_from(cfg, model, starts_ranks)
     return Preflight(cfg, world, sizes, model, plan, device, tuple(notes))
