@@ -160,7 +160,7 @@ def test_commands_on_a_folder_with_a_space_in_its_name_are_quoted(
     ended = {"parallel": "tp", "world_size": 2}
     *_, (cat, _) = NextSteps(Command(), lambda _: REFUSED).after(ended, tmp_path / "a b")
     assert cat == "cat 'a b/plan.txt'"
-    run = SimpleNamespace(url=None, folder=tmp_path / "a b")
+    run = SimpleNamespace(url=None, id="x", folder=tmp_path / "a b")
     assert WandbRun.page_or_sync_command(cast(WandbRun, run)) == "wandb sync 'a b'"
 
 

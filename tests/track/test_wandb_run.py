@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.arrivals import logged, only_run, sync
@@ -22,7 +23,7 @@ from tpresearch.launch.stop import Stopped
 from tpresearch.track.names import NAMES
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.tracker import Tracker
-from tpresearch.track.wandb_run import read_records, rows_on_disk
+from tpresearch.track.wandb_run import WandbRun, rows_on_disk
 
 
 def test_what_arrives_is_what_the_record_holds(
@@ -197,13 +198,42 @@ def test_rows_that_were_not_on_disk_before_an_offline_client_was_killed_are_when
     assert rows_on_disk([folder]) == 6
     while rows_on_disk([folder]) == 6:  # as if it had been killed before
         os.truncate(path, path.stat().st_size - 1)
-    *_, whole = read_records(path.read_bytes())
-    os.truncate(path, path.read_bytes().rfind(whole) + len(whole))  # W&B syncs nothing after half a record
     assert rows_on_disk([folder]) == 5
     resumed = track(start_step=6)
     resumed.resume_from(6)
     train(resumed, first=7)
-    sync(server, *sorted((run_dir / "wandb").glob("offline-run-*")))
+    assert resumed._wandb is not None
+    folders = resumed._wandb.page_or_sync_command().removeprefix("wandb sync ").split()
+    assert folders == sorted(map(str, (run_dir / "wandb").glob("offline-run-*")))
+    sync(server, *map(Path, folders))
+    assert [r["train/step"] for r in logged(only_run(server))] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_rows_that_an_offline_client_has_not_written_since_the_disk_was_full_are_in_another_folder(
+    track: Callable[..., Tracker],
+    server: FakeWandb,
+    cfg: Config,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfg.logger.mode = WandbMode.offline
+    tracker = track()
+    client, end = tracker._wandb, WandbRun.finish
+    assert client
+
+    def finish(wandb: WandbRun, *how: Any, **also: Any) -> None:
+        end(wandb, *how, **also)
+        (path,) = client.folder.glob("run-*.wandb")
+        while wandb is client and (rows_on_disk([client.folder]) or 0) > 3:
+            os.truncate(path, path.stat().st_size - 1)
+
+    monkeypatch.setattr(WandbRun, "finish", finish)
+    monkeypatch.setattr(tracker._metrics, "_problem", "No space left on device")
+    train(tracker)
+    assert tracker._wandb
+    folders = tracker._wandb.page_or_sync_command().removeprefix("wandb sync ").split()
+    assert len(folders) == 2
+    sync(server, *map(Path, folders))
     assert [r["train/step"] for r in logged(only_run(server))] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 

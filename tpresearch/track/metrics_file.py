@@ -43,6 +43,11 @@ class MetricsFile:
         self._write(json.dumps(row, allow_nan=False) + "\n")
         return row
 
+    @property
+    def waited(self) -> bool:
+        """Whether rows have waited for room, and none does now."""
+        return self._problem is not None and not self._pending
+
     def _write(self, line: str) -> None:
         """Write the line now, or with a later row where the disk is full."""
         self._pending += line.encode()

@@ -182,11 +182,21 @@ class Tracker:
             log.error("summary.json cannot be written (%s); it is %s", problem.strerror, said)
         finally:
             if self._wandb:
-                self._wandb.finish(summary, EXIT_CODES[status], preempted=status == "preempted")
+                self._finish_wandb(self._wandb, summary, status)
         try:
             self._report(self._console, summary, self._next_steps)
         except Exception as problem:
             log.warning("the report cannot be shown: %s", _error_line(problem))
+
+    def _finish_wandb(self, wandb: WandbRun, summary: Mapping[str, Any], status: Status) -> None:
+        """Close the run there. Offline, a client writes nothing more once the disk was full: another one then logs what it lacks."""
+        wandb.finish(summary, EXIT_CODES[status], preempted=status == "preempted")
+        if self._metrics.waited and wandb.url is None:
+            self._wandb = WandbRun.start(self._cfg, self._run_dir, self.name, self.facts.device)
+            if self._wandb:
+                for row in record.read_metrics(self._run_dir):
+                    self._wandb.log(row)
+                self._wandb.finish(summary, EXIT_CODES[status], preempted=status == "preempted")
 
     def _end_silently(self) -> None:
         """Close without a summary: resuming was refused, and the record stays unchanged."""

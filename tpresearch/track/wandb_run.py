@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
     "silent": True,
 }
 """Our settings, unless the environment has its own (WANDB_INIT_TIMEOUT, WANDB_CONSOLE, WANDB_SAVE_CODE and so on)."""
-BLOCK_BYTES, FILE_HEADER_BYTES = 1 << 15, 7
+BLOCK_BYTES, FILE_HEADER = 1 << 15, b":W&B\xe1\xbe\0"
 PART_HEADER = struct.Struct("<IHB")
 """Header of each part: checksum, length, kind."""
 FULL, LAST = 1, 4
@@ -103,13 +103,15 @@ class WandbRun:
         known_as = known or os.environ.get("WANDB_RUN_ID") or uuid4().hex[:8]
         kept_id.write_text(f"{known_as}\n")
         kept_id.with_name("folder").write_bytes(os.fsencode(kept_id.parents[1].absolute()))
+        folders = Path(about["dir"]) / "wandb"
+        for path in folders.glob(f"offline-run-*-{known_as}/run-*.wandb"):
+            cut_half_record(path)
         run = wandb.init(mode=mode, id=known_as, resume="allow", **about)
         kept_id.write_text(f"{run.id}\n")  # under `wandb agent` the sweep has chosen another
         sent = SentRows(kept_id.with_name("sent"))
         if run.id != known_as:
             sent.truncate(0)
         # What the server has, or the disk: rows may have been lost with a killed client.
-        folders = Path(about["dir"]) / "wandb"
         offline = list(folders.glob(f"offline-run-*-{run.id}"))
         if mode == "online" and not offline:
             sent.truncate(run.starting_step)
@@ -147,8 +149,11 @@ class WandbRun:
     def page_or_sync_command(self) -> str:
         if self.url and not self._first_error:
             return self.url
-        online = ["--include-online"] if self.url else []
-        return shlex.join(["wandb", "sync", *online, path_text(self.folder)])
+        if self.url:
+            return shlex.join(["wandb", "sync", "--include-online", path_text(self.folder)])
+        parts = sorted(self.folder.parent.glob(f"offline-run-*-{self.id}"))  # with those of earlier processes
+        left = [part for part in parts if not any(part.glob("*.synced"))]
+        return shlex.join(["wandb", "sync", *map(path_text, left or [self.folder])])
 
     @contextmanager
     def _catching_errors(self) -> Iterator[None]:
@@ -236,20 +241,30 @@ def rows_on_disk(folders: list[Path]) -> int | None:
     try:
         protobuf: Any = import_module("wandb.proto.wandb_internal_pb2")
         files = sorted(path for folder in folders for path in folder.glob("run-*.wandb"))
-        records = (record for path in files for record in read_records(path.read_bytes()))
+        records = (record for path in files for record, _ in read_records(path.read_bytes()))
         kinds = (protobuf.Record.FromString(record).WhichOneof("record_type") for record in records)
         return sum(kind == "history" for kind in kinds)
     except Exception:
         return None
 
 
-def read_records(log: bytes) -> Iterator[bytes]:
-    """Each complete record in a file of the client.
+def cut_half_record(path: Path) -> None:
+    """Cut off what a client left after the last complete record of its file when it was killed, or the disk was full:
+    `wandb sync` ends there, and sends none of the folders that it was to send after that one."""
+    with suppress(OSError):
+        log = path.read_bytes()
+        if log.startswith(FILE_HEADER):
+            *_, end = (len(FILE_HEADER), *(end for _, end in read_records(log)))
+            os.truncate(path, end)
+
+
+def read_records(log: bytes) -> Iterator[tuple[bytes, int]]:
+    """Each complete record in a file of the client, and the byte at which it ends.
 
     LevelDB's log format (github.com/google/leveldb, doc/log_format.md) behind a header of 7 bytes: records of protobuf, in
     parts that never cross a block. Checked on wandb 0.31.
     """
-    at, parts = FILE_HEADER_BYTES, b""
+    at, parts = len(FILE_HEADER), b""
     while True:
         if (left := BLOCK_BYTES - at % BLOCK_BYTES) < PART_HEADER.size:
             at += left  # too little of this block for another
@@ -261,5 +276,5 @@ def read_records(log: bytes) -> Iterator[bytes]:
             return
         parts += log[start:at]
         if kind in (FULL, LAST):
-            yield parts
+            yield parts, at
             parts = b""
