@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from pathlib import Path
 
 import pytest
+from support.corpora import Configure, prepared
 
+from tpresearch.config.schema import TokenizerConfig
 from tpresearch.data.pipeline import log_stage
 
 
@@ -32,3 +35,14 @@ def test_a_bar_is_drawn_on_a_terminal_that_asked(
     assert drawn or not stderr.getvalue()
     [line] = caplog.messages
     assert line.startswith("tokenizing: 4.0 MB in 0.")
+
+
+def test_each_stage_is_told_in_bytes(
+    tmp_path: Path, configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    """100,000 letters of two bytes and as many ends of lines, of which a twentieth is held out."""
+    (tmp_path / "text.txt").write_text("ä\n" * 100_000, encoding="utf-8")
+    with caplog.at_level(logging.INFO):
+        prepared(configure(str(tmp_path / "text.txt")), TokenizerConfig(vocab_size=260))
+    told = [line.partition(" in ")[0] for line in caplog.messages if " MB in " in line]
+    assert told == ["training a BPE of 260 entries: 0.3 MB", "tokenizing: 0.3 MB"]

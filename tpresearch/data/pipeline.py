@@ -153,7 +153,7 @@ class _Pipeline:
     def _train_bpe(self, draft: Path) -> Meta:
         def counted(texts: Iterable[str]) -> Iterator[str]:
             for text in texts:
-                advance(len(text))
+                advance(len(text.encode()))
                 yield text
 
         what = f"training a BPE of {self.vocab_size:,} entries"
