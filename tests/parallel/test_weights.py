@@ -214,9 +214,16 @@ class Plain(nn.Module):
         self.table = torch.arange(3.0)
 
 
+class Tables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = {"short": [torch.arange(3.0)]}
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
+        (Tables, "1 (Tables): a tensor in its tables is neither a parameter nor a buffer"),
         (Plain, "1 (Plain): its tensor table is neither a parameter nor a buffer"),
         (Bare, "1 (Bare): it has parameters and no reset_parameters"),
         (
@@ -234,6 +241,8 @@ def test_a_module_that_does_not_say_how_it_starts_is_refused(
         model = nn.Sequential(nn.Linear(3, 3), layer())
     with pytest.raises(ConfigError, match=re.escape(message)):
         read_initializers(model)
+    with torch.device("meta"):
+        assert read_initializers(nn.LSTM(3, 3)), "it has a list of its parameters"
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (100_000,), (300, 7), (5, 2000), (3, 200, 600), (64, 64, 3, 3)])

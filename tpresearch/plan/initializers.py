@@ -29,6 +29,10 @@ CHANGING_METHODS = {
 """In-place methods that change each element independently."""
 
 
+OF_MODULE = ("_parameters", "_buffers", "_modules")
+"""What every `nn.Module` has."""
+
+
 class Call(NamedTuple):
     """An in-place method called on a parameter, or on a box of it as in `weight[padding_idx].fill_(0)`."""
 
@@ -82,11 +86,10 @@ def read_initializers(model: nn.Module) -> dict[str, Initializer]:
         name = _describe_module(prefix, module)
         if any(True for _ in module.buffers(recurse=False)):
             raise WrongModel(name, "it has buffers and no reset_buffers", "write one that fills them")
-        plain = (
-            key for key, value in vars(module).items() if isinstance(value, torch.Tensor) and value.is_meta
-        )
+        plain = (key for key, value in vars(module).items() if key not in OF_MODULE and _has_plain(value))
         if key := next(plain, None):
-            why = f"its tensor {key} is neither a parameter nor a buffer, so nothing gives it values"
+            what = "its tensor" if isinstance(vars(module)[key], Tensor) else "a tensor in its"
+            why = f"{what} {key} is neither a parameter nor a buffer, so nothing gives it values"
             raise WrongModel(name, why, "register_buffer, and a reset_buffers that fills it")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     return {
@@ -95,6 +98,14 @@ def read_initializers(model: nn.Module) -> dict[str, Initializer]:
         if any(True for _ in module.parameters(recurse=False))
         for key, initializer in _read_module(module, prefix, mode).items()
     }
+
+
+def _has_plain(value: object) -> bool:
+    """Whether it is a tensor without values that is no parameter, or holds one."""
+    if not isinstance(value, Tensor | list | tuple | dict):
+        return False
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    return any(tensor.is_meta and not isinstance(tensor, nn.Parameter) for tensor in tensors)
 
 
 def _read_module(module: nn.Module, prefix: str, mode: FakeTensorMode) -> dict[str, Initializer]:
