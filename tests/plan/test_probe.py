@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.assembled import planned, refusal
 from support.composed import config
-from support.nets import Buffered, model
+from support.nets import Buffered, Counting, model
 from torch import Tensor, nn
 
 from tpresearch.config.world import World
@@ -226,3 +226,10 @@ def test_buffers_that_a_forward_changes_are_named_by_the_plan() -> None:
     meta.register_buffer("seen", meta.get_buffer("seen"), persistent=False)
     assert "not in checkpoints: seen, which a forward changes" in plan_text(meta, plan)
     assert "buffers:" not in plan_text(*planned("model=llama2_debug", "parallel=none"))
+
+
+def test_numbers_that_a_forward_changes_are_said_not_to_be_saved() -> None:
+    text = plan_text(*planned(*model(Counting), "parallel=none"))
+    assert "not in checkpoints: calls, which a forward changes" in text
+    assert "buffers:" not in text
+    assert "checkpoints" not in plan_text(*planned("model=llama2_debug", "parallel=none"))

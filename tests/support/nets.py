@@ -147,6 +147,18 @@ class Buffered(ToyLM):
         return self.output(self.mlp(self.embed(tokens))) / (1 + self.seen)
 
 
+class Counting(ToyLM):
+    """That counts its calls in Python, as for a part that sets in slowly."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.calls = 0
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        self.calls += self.training
+        return self.output(self.mlp(self.embed(tokens)) * min(1.0, self.calls / 100))
+
+
 class Projected(ToyLM):
     """With a random projection that is drawn once."""
 

@@ -131,15 +131,20 @@ def plan_notes(model: nn.Module, plan: Plan) -> list[str]:
             f"rows of a batch: {plan.across_rows} works across them, on each data-parallel rank and in each micro-batch across its own: "
             "equality with one process is not claimed"
         )
-    if changed := plan.probe.changed_buffers:
+    buffers = dict(model.named_buffers())
+    if changed := [name for name in plan.probe.changed_state if name in buffers]:
         notes.append(
-            f"buffers: a forward changes {_join_names(list(changed))}, on each data-parallel rank and in each micro-batch by its own rows: "
+            f"buffers: a forward changes {_join_names(changed)}, on each data-parallel rank and in each micro-batch by its own rows: "
             "equality with one process is not claimed, and a checkpoint has one rank's"
         )
         if passing := sorted(set(changed) - set(model.state_dict())):
             notes.append(
                 f"not in checkpoints: {_join_names(passing)}, which a forward changes and persistent=False leaves out: a resumed run starts them anew"
             )
+    if numbers := [name for name in plan.probe.changed_state if name not in buffers]:
+        notes.append(
+            f"not in checkpoints: {_join_names(numbers)}, which a forward changes, once for each micro-batch, and which is no buffer: a resumed run starts it anew"
+        )
     if plan.probe.draws:
         notes.append(
             f"random numbers: {_join_names(plan.probe.draws)} draw by (seed, step, micro-batch, data-parallel rank); the same run repeats "

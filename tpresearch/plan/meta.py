@@ -175,6 +175,16 @@ def _module_limit() -> RemovableHandle:
     return register_module_module_registration_hook(count)
 
 
+def numbers_of(model: nn.Module) -> dict[str, float]:
+    """Numbers and flags that modules keep as attributes, by name."""
+    return {
+        f"{name}.{key}".removeprefix("."): value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, int | float) and key != "training"
+    }
+
+
 def settings_with_defaults(config: ModelConfig) -> dict[str, Any]:
     """A model's settings, including the defaults of its class."""
     accepted = inspect.signature(imported_class("model._target_", config.target, nn.Module)).parameters

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from tpresearch.config.errors import WrongModel
 from tpresearch.config.schema import Config
 from tpresearch.plan.compatible import TableTooShort, incompatible
-from tpresearch.plan.meta import same_draws
+from tpresearch.plan.meta import numbers_of, same_draws
 
 Shapes = tuple[torch.Size | None, ...]
 PYTHON = "python"
@@ -58,8 +58,8 @@ class Probe:
     """By module name, for modules that were called."""
     read_outside_forward: set[str] = field(default_factory=set)
     """Modules with a parameter that is read outside of their own forward, as by `linear(x, self.embedding.weight)`."""
-    changed_buffers: tuple[str, ...] = ()
-    """Buffers that a forward in training changes, as the statistics of a batch norm."""
+    changed_state: tuple[str, ...] = ()
+    """Buffers that a forward in training changes, as the statistics of a batch norm, and numbers that modules keep, as a count of calls."""
     called: list[str] = field(default_factory=list)
     """Names of modules in the order in which they were called, one per call."""
     matmul_flops: dict[str, float] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class _ProbeMode(TorchDispatchMode):
             id(p): name for name, module in model.named_modules() for p in module.parameters(recurse=False)
         }
         self._weights = {p.untyped_storage(): (name, p) for name, p in model.named_parameters()}
-        self._buffers = buffer_versions(model)
+        self._buffers, self._numbers = buffer_versions(model), numbers_of(model)
         self._found = Probe()
         self.running: list[str] = []
         self.calls: list[tuple[str, str, int]] = []
@@ -175,9 +175,10 @@ class _ProbeMode(TorchDispatchMode):
             calls = [n for called_by, called, n in self.calls if (called_by, called) == (module, function)]
             found.draws.setdefault(module, {})[function] = calls
         found.changed_outputs.update(name for name, view, version in self._views if view._version != version)
-        changed = tuple(changed_buffers(model, self._buffers))
+        counts = (name for name, now in numbers_of(model).items() if self._numbers.get(name, now) != now)
+        changed = *changed_buffers(model, self._buffers), *counts
         flops = {name: of_batch / tokens for name, of_batch in self._flops.items()}
-        seen = replace(found, output=output.shape, head=head, changed_buffers=changed)
+        seen = replace(found, output=output.shape, head=head, changed_state=changed)
         return replace(seen, matmul_flops=flops, ops=self._ops)
 
     def __torch_dispatch__(
