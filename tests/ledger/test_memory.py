@@ -131,6 +131,8 @@ def test_of_other_models_and_of_frozen_weights_no_formula_is_claimed(kind: type[
         ["parallel=sp", "train.loss_chunk=null"],
         ["parallel=ddp"],
         ["parallel=ddp", "model.tied=true"],
+        ["parallel=none", "model.tied=true"],
+        ["parallel=tp", "model.tied=true", "train.dtype=bfloat16", "train.weights=bfloat16"],
         ["parallel=ddp", "train.dtype=bfloat16"],
         ["parallel=ddp", "train.dtype=bfloat16", "train.weights=bfloat16"],
         ["parallel=none", "optimizer.moment_dtype=bfloat16"],

@@ -97,13 +97,14 @@ def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, elemen
     wrapped, masters = uses_fully_shard(cfg.parallel, plan.sizes), has_master_weights(cfg, plan.sizes)
     stays = not wrapped and (plan.sizes.dp == 1 or summed_there)
     accumulates = micro_batches(cfg, plan.sizes) > 1
-    if cfg.parallel.gradient_accumulation_fusion or (stays and not masters and not accumulates):
+    # Of a tied weight the sum with the embedding's is the gradient.
+    is_tied = sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) > 1
+    is_parameters_own = stays and not (masters or accumulates or is_tied)
+    if cfg.parallel.gradient_accumulation_fusion or is_parameters_own:
         return 0
     made = math.prod(tp_local_shape("output.weight", model, plan)) * element
-    # Added to by the next micro-batch, and no gradient in the end, where the sum over replicas takes its place. (Of a tied
-    # weight the sum with the embedding's is that.)
-    uses = sum(parameter is weight for _, parameter in model.named_parameters(remove_duplicate=False))
-    is_replaced = accumulates and uses == 1 and not (stays or masters or wrapped)
+    # Added to by the next micro-batch, and no gradient in the end, where the sum over replicas takes its place.
+    is_replaced = accumulates and not (stays or masters or wrapped or is_tied)
     return 2 * made if is_replaced else made
 
 
