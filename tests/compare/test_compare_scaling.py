@@ -52,6 +52,20 @@ def test_of_a_grid_each_run_is_in_one_line_of_scaling(tmp_path: Path) -> None:
     assert [line[2][1] for line in lines.values()] == pytest.approx([104 / 176, 288 / 372])
 
 
+def test_along_a_line_of_weak_scaling_the_batch_grows_with_the_ranks(tmp_path: Path) -> None:
+    sizes = [(2, 16, 100.0), (4, 32, 90.0), (8, 64, 60.0), (16, 64, 50.0), (32, 8, 1.0)]
+    runs = [Made("fsdp", {"dp_shard": n}, global_batch_size=rows, speed=speed) for n, rows, speed in sizes]
+    groups = groups_of(tmp_path, *runs[:3], runs[4])
+    assert list(lines_of(groups).values()) == [[(2, 1.0), (4, 0.9), (8, 0.6)]]
+    notes = scaling(groups, "perf/tokens_per_second_per_device").notes
+    assert notes == [f"Along lines of {groups[0].label} the global batch grows with the ranks: weak scaling."]
+    # With the same batch on more ranks, that is the line of the latter.
+    assert [[ranks for ranks, _ in line] for line in lines_of(groups_of(tmp_path, *runs)).values()] == [
+        [8, 16],
+        [2, 4],
+    ]
+
+
 def test_repetitions_are_points_of_one_line(tmp_path: Path) -> None:
     runs = [Made("tp", {"tp": tp}, seed=seed, speed=100.0 / tp) for seed in (0, 1) for tp in (2, 4)]
     lines = lines_of(groups_of(tmp_path, *runs, runs[0]))

@@ -18,6 +18,7 @@ from tpresearch.compare.runs import Run
 from tpresearch.track.panels import Panel
 from tpresearch.track.table import SEED
 
+BATCH = "train.global_batch_size"
 MAX_POINTS = 1000
 """Per curve: about as many as a screen has columns."""
 
@@ -90,7 +91,8 @@ def pareto(groups: Sequence[Group], memory: str, speed: str) -> PanelData:
 def scaling(groups: Sequence[Group], speed: str) -> PanelData:
     """`run`, `line` (its first run), `ranks`, `share`: speed per device over that on the line's fewest ranks.
 
-    Along a line one mesh axis grows. A run that could be in several is in that of the outermost axis.
+    Along a line one mesh axis grows, and the global batch is the same; of runs that are in no such line, the rows per rank are
+    (weak scaling). A run that could be in several is in that of the outermost axis.
     """
     speeds = _summary_figures(groups, [speed]).groupby("run", sort=False)[speed].mean()
     left = settings_frame([group.first for group in groups])
@@ -98,6 +100,19 @@ def scaling(groups: Sequence[Group], speed: str) -> PanelData:
         left = left.drop(columns=SEED, errors="ignore")
     left = left.assign(run=speeds.index, speed=speeds.values, ranks=left["ranks"].astype(int))
     left = left.dropna(subset="speed").sort_values("ranks", kind="stable")
+    strong = _lines(left)
+    rest = left.drop(strong.index)
+    weak = _lines(rest.assign(**{BATCH: pd.to_numeric(rest[BATCH], errors="coerce") / rest["ranks"]}))
+    points = pd.concat([strong, weak])
+    if points.empty:
+        return PanelData(notes=["No two runs differ only in the size of one mesh axis."])
+    grown = "Along lines of {} the global batch grows with the ranks: weak scaling."
+    notes = [grown.format(", ".join(dict.fromkeys(weak["line"])))] if len(weak) else []
+    return PanelData(points[["run", "line", "ranks", "share"]], notes)
+
+
+def _lines(left: pd.DataFrame) -> pd.DataFrame:
+    """The runs that differ from another only in the size of one mesh axis, with their `line` and `share`."""
     lines = []
     for axis in MESH_COLUMNS:
         alike = left.groupby(list(left.columns.difference(["ranks", axis, "run", "speed"])), sort=False)
@@ -105,10 +120,7 @@ def scaling(groups: Sequence[Group], speed: str) -> PanelData:
         first = alike[["run", "speed"]].transform("first").loc[on_line.index]
         lines.append(on_line.assign(line=first["run"], share=on_line["speed"] / first["speed"]))
         left = left.drop(on_line.index)
-    points = pd.concat(lines)
-    if points.empty:
-        return PanelData(notes=["No two runs differ only in the size of one mesh axis."])
-    return PanelData(points[["run", "line", "ranks", "share"]])
+    return pd.concat(lines)
 
 
 def ledger(groups: Sequence[Group]) -> PanelData:

@@ -79,7 +79,7 @@ MEMORY_AND_COMMUNICATION = (
         "Peak memory",
         "bars",
         ("memory/peak_bytes",),
-        "Peak memory of rank 0's device; on a CPU, of the tensors of one step.",
+        "Peak memory of rank 0's device; on a CPU, of the tensors of one step, in W&B of the process.",
     ),
     Panel(
         "memory_by_kind",
