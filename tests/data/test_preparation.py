@@ -229,11 +229,13 @@ def test_what_another_user_has_prepared_is_read(texts: Path, bpe: TokenizerConfi
             Path(path).chmod(0o755)
 
 
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
 def test_a_disk_without_locks_is_refused(
-    data: DataConfig, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+    data: DataConfig, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def flock(file: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(ConfigError, match="its disk gives no locks") as refusal:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import socket
 import tempfile
 import time
@@ -14,6 +17,7 @@ from unittest.mock import Mock
 import pytest
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
+from support.nobody import as_nobody
 from torch.distributed import TCPStore
 
 from tpresearch.config import ConfigError, other_hosts
@@ -201,9 +205,30 @@ def test_a_folder_with_a_checkpoint_is_gone_on_with_unless_the_config_says_never
     assert (tmp_path / "mine.earlier-2" / "checkpoints" / "step-00000003").is_dir()
 
 
-def test_a_disk_without_locks_has_runs_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=NotImplementedError))
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_has_runs_too(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Also where a process that was killed, or another disk, has left the file."""
+    leave(Path("mine"), ".lock")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(number, os.strerror(number))))
     assert agree("mine") == "mine"
+    assert agree("mine") == "mine"
+
+
+def test_files_of_another_user_are_refused() -> None:
+    with tempfile.TemporaryDirectory() as disk:  # pytest's own are closed to everybody else
+        leave(run := Path(disk, "run"), "checkpoints/step-00000003/checkpoint.json", ".hydra/config.yaml")
+        (run / ".hydra" / "config.yaml").chmod(0o444)
+        for folder in (
+            Path(disk),
+            run,
+            run / ".hydra",
+            run / "checkpoints",
+            run / "checkpoints" / "step-00000003",
+        ):
+            folder.chmod(0o777)
+        said = r"its \.hydra/config\.yaml may not be read and written by user \d+; a folder in which"
+        with as_nobody(), pytest.raises(ConfigError, match=said):
+            agree(str(run))
 
 
 def test_whether_a_run_may_resume_is_told_before_its_folder_is_agreed_on(

@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from tpresearch.config.errors import ConfigError
 
@@ -97,6 +97,10 @@ def _locked(folder: Path, check: Callable[[], None]) -> Iterator[None]:
                 log.info("waiting for %s, which %s holds: it prepares the same data", lock.lock_file, who)
             continue
         with held:
+            if isinstance(
+                lock, SoftFileLock
+            ):  # which it becomes where there are none: a killed process would leave it locked
+                raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
             yield
         return
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+import time
+from contextlib import AbstractContextManager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import IO
 
 from tpresearch.checkpoint.disk import step_folders
 from tpresearch.config.errors import ConfigError, Fix
@@ -27,6 +29,9 @@ RUN_FILES = (
     *RECORD_FOLDERS,
 )
 """Patterns of all files that a run leaves in its folder. Any others are the user's and stay."""
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""Errors of file systems that have none, such as Lustre's default, and NFS where its lock service does not run."""
+POLL_S = 0.05
 RUN_MARKERS = (".hydra", "metrics.jsonl", "summary.json")
 """A folder without any of these was never a run's."""
 
@@ -44,14 +49,28 @@ def lock_folder(
     Raises:
         OSError: if it cannot be locked.
     """
+    file, until = (folder / ".lock").open("a"), time.monotonic() + timeout_s
+    while not _lock(file):
+        if time.monotonic() >= until:
+            file.close()
+            why = f"another {key.split('.')[1]} is using this folder"
+            legal = "wait for its end, or use another folder"
+            raise ConfigError(key, folder, why, legal, elsewhere or {key: free_name(folder, "-")})
+        time.sleep(POLL_S)
+    return file
+
+
+def _lock(file: IO[str]) -> bool:
+    """Lock an open file until it is closed, unless another process has it. On a file system without locks nothing can be locked: it is
+    not for filelock, which leaves a file there that outlives a process that is killed."""
     try:
-        return FileLock(folder / ".lock").acquire(timeout=timeout_s)
-    except Timeout:
-        why = f"another {key.split('.')[1]} is using this folder"
-        legal = "wait for its end, or use another folder"
-        raise ConfigError(key, folder, why, legal, elsewhere or {key: free_name(folder, "-")}) from None
-    except NotImplementedError:  # a file system without locks: nothing can be locked there
-        return nullcontext()
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+    return True
 
 
 def check_left_by_run(folder: Path) -> None:
@@ -63,20 +82,29 @@ def check_left_by_run(folder: Path) -> None:
         raise ConfigError("hydra.run.dir", folder, why, legal, fix={"hydra.run.dir": folder / "run"})
 
 
-def check_kinds(folder: Path, elsewhere: Fix = None) -> None:
-    """Refuse a folder with something else where a run has a file or a folder of its own.
+def check_files(folder: Path, elsewhere: Fix = None) -> None:
+    """Refuse a folder with something else where a run has a file or a folder of its own, or with another user's.
 
     Args:
         elsewhere: as of `lock_folder`.
     """
     of_hydra = (f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))
-    files = (*RECORD_FILES, *OTHER_RECORDS, "metrics.cut.jsonl", "resumed.json", "train.log", *of_hydra)
+    files = [*RECORD_FILES, *OTHER_RECORDS, "metrics.cut.jsonl", "resumed.json", "train.log", *of_hydra]
     for name in (*RECORD_FOLDERS, *files):
         path, is_file = folder / name, name in files
-        if os.path.lexists(path) and not (path.is_file() if is_file else path.is_dir()):
-            key, why = "hydra.run.dir", f"its {name} is not a {'file' if is_file else 'folder'}"
-            legal = "a folder in which that is a run's, or is not there"
-            raise ConfigError(key, folder, why, legal, elsewhere or {key: free_name(folder, "-")})
+        if not os.path.lexists(path):
+            continue
+        if not (path.is_file() if is_file else path.is_dir()):
+            why = f"its {name} is not a {'file' if is_file else 'folder'}"
+        elif not os.access(path, os.R_OK | os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            why = f"its {name} may not be read and written by user {os.geteuid()}"
+        else:
+            continue
+        key, legal = (
+            "hydra.run.dir",
+            "a folder in which that is this user's, as a run leaves it, or is not there",
+        )
+        raise ConfigError(key, folder, why, legal, elsewhere or {key: free_name(folder, "-")})
 
 
 def set_aside_record(folder: Path) -> None:

@@ -19,7 +19,7 @@ from tpresearch.config.errors import ConfigError, refuse_unwritable
 from tpresearch.config.other_hosts import begun_key, check_notice, job_key
 from tpresearch.config.world import SlurmStep, World
 from tpresearch.launch.agents_store import connect
-from tpresearch.launch.claim import check_kinds, check_left_by_run, free_name, lock_folder, set_aside_record
+from tpresearch.launch.claim import check_files, check_left_by_run, free_name, lock_folder, set_aside_record
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -83,7 +83,7 @@ def agree_on_folder(composed: DictConfig, world: World) -> Iterator[tuple[Path, 
             held.enter_context(lock_folder(folder, timeout_s, elsewhere=anew if is_named else None))
             if not started and not (resumes and step_folders(folder)):
                 set_aside_record(folder)
-        check_kinds(folder, anew if is_named else None)
+        check_files(folder, anew if is_named else None)
         return folder
 
     with ExitStack() as held:
