@@ -136,8 +136,9 @@ class Composition:
             raise ConfigError(key, "???", "it must be set", f"{key}=VALUE", fix={key: "VALUE"})
         if typed := self.typed.get("hydra.searchpath"):
             _refuse_search_path(typed)
-        for key in self.typed.keys() & text_keys():
-            _refuse_changed_text(key, self.typed[key])
+        for key, typed in self.typed.items():
+            if key in text_keys():
+                _refuse_changed_text(key, typed)
         deleted = [override_key(typed) for typed in self.overrides if typed.startswith("~")]
         groups = self.groups() if deleted else {}
         if group := next((key for key in deleted if key in groups), None):
