@@ -39,12 +39,15 @@ def replacing(block: Block, x: Tensor) -> Tensor:
 
 CHANGES: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "output": lambda block, x: block.first(x).relu_(),
+    "part of its output": lambda block, x: torch.cat(
+        [t.sigmoid_() for t in block.first(x).unsafe_chunk(2, 1)], 1
+    ),
     "input": lambda block, x: block.first(x.mul_(0.5)).tanh(),
     "buffer": counting,
     "another buffer": replacing,
 }
 REFUSED = {
-    ("output", "selective"): "in place the output of a matmul",
+    **{(part, "selective"): "in place the output of a matmul" for part in ("output", "part of its output")},
     **{("input", kind): "its input" for kind in ("selective", "full")},
     **{(f"{a}buffer", kind): "its buffer seen" for a in ("", "another ") for kind in ("selective", "full")},
 }

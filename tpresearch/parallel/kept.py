@@ -82,6 +82,12 @@ class _Output:
     def is_changed(self) -> bool:
         return _versions(self.tensors) != self._versions
 
+    def note_views(self, whole: Tensor) -> None:
+        """Views of this tensor, which may be one of these, have versions of their own: it counts as changed."""
+        parts = (t for t in tree_leaves(self.tensors) if isinstance(t, Tensor) and not isinstance(t, DTensor))
+        if any(part.untyped_storage()._cdata == whole.untyped_storage()._cdata for part in parts):
+            self._versions = []
+
 
 def _alias(tensor: Tensor) -> Tensor:
     """Of the same storage and version (private; checked on torch 2.11 to 2.14)."""
@@ -139,6 +145,9 @@ class _Keeping(TorchDispatchMode):
         tensors = func(*args, **(kwargs or {}))
         if self._kept.takes(func, args, kwargs or {}):
             self.outputs.append((_key(func, args), _Output(tensors)))
+        elif func.__name__.startswith("unsafe_split") and not isinstance(args[0], DTensor):  # as in nn.GRU
+            for _, output in self.outputs:
+                output.note_views(args[0])
         return tensors
 
 
