@@ -20,16 +20,22 @@ from hydra.core.global_hydra import GlobalHydra
 from support.commands import environment, execute
 from support.composed import SMALL, config
 from support.made_runs import Made, entry
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import tpresearch
 from tpresearch.config import ConfigError
+from tpresearch.config.axes import DATA_AXES
 from tpresearch.config.compose import as_dict
 from tpresearch.config.world import World
+from tpresearch.data.batches import Batch
 from tpresearch.data.pipeline import prepare
 from tpresearch.launch.composition import initialize_conf
+from tpresearch.parallel.mesh import data_rank, sum_over
 from tpresearch.plan.describe import plan_table
+from tpresearch.train.losses import Objective, Phase
 from tpresearch.train.main import log_notes
+from tpresearch.train.step import train_step
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
 
@@ -191,6 +197,43 @@ def built(world: World, overrides: list[str]) -> dict[str, Any]:
         "steps": [job.step(), job.step()],
         "again": [again.step(), again.step()],
     }
+
+
+class MeanSquares(Objective):
+    def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
+        with phase("forward"):
+            output = model(batch.inputs)
+        with phase("loss"):
+            return (output - batch.targets).square().sum() / 8
+
+
+@pytest.mark.parametrize("plan", ["fsdp", "tp"])
+def test_a_loss_and_rows_of_ones_own_train_as_a_plain_loop(ranks: Ranks, plan: str) -> None:
+    """8 rows of 10 numbers with 5 targets each, in two micro-batches."""
+    for loss, norm, expected, expected_norm in ranks.run(2, regressed, plan):
+        assert (loss, norm) == pytest.approx((expected, expected_norm), rel=1e-10)
+
+
+def regressed(world: World, plan: str) -> tuple[float, float, float, float]:
+    torch.set_num_threads(1)
+    net = ("model=toy_net", "data=uniform", "train.loss=sum", "data.seq_len=1", "train.global_batch_size=8")
+    words = "train.dtype=float64", f"train.micro_batch_size={2 if plan == 'fsdp' else 4}", f"parallel={plan}"
+    job = tpresearch.build(tpresearch.load(*SMALL, *net, *words))
+    setup = replace(job.loop.setup, objective=MeanSquares())
+    drawn = torch.Generator().manual_seed(0)
+    inputs, targets = (torch.rand(8, width, generator=drawn, dtype=torch.float64) for width in (10, 5))
+    of_rank = slice(data_rank(job.mesh), None, setup.plan.sizes.dp)
+    plain = tpresearch.compile_plan(tpresearch.load(*SMALL, *net)).job.model.to_empty(device="cpu").double()
+    weights = {
+        name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in job.model.named_parameters()
+    }
+    plain.load_state_dict(weights)
+    wanted = (plain(inputs) - targets).square().sum() / 8
+    wanted.backward()
+    norm = torch.stack([p.grad.norm() for p in plain.parameters() if p.grad is not None]).norm()
+    result = train_step(job.state, Batch(inputs[of_rank], targets[of_rank]), setup)
+    shares = sum_over(job.mesh, result.loss.clone(), DATA_AXES)
+    return shares.item(), result.grad_norm.item(), wanted.item(), norm.item()
 
 
 def test_an_interrupted_step_leaves_nothing_for_the_next(ranks: Ranks) -> None:
