@@ -209,6 +209,24 @@ def test_rows_that_were_not_on_disk_before_an_offline_client_was_killed_are_when
     assert [r["train/step"] for r in logged(only_run(server))] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_a_run_that_goes_on_online_says_what_of_it_was_offline(
+    track: Callable[..., Tracker], server: FakeWandb, cfg: Config, run_dir: Path
+) -> None:
+    cfg.logger.mode = WandbMode.offline
+    train(track(), last=6)
+    cfg.logger.mode = WandbMode.online
+    resumed = track(start_step=6)
+    resumed.resume_from(6)
+    train(resumed, first=7)
+    assert [r["train/step"] for r in logged(only_run(server))] == [7, 8]
+    assert resumed._wandb
+    page, _, command = resumed._wandb.page_or_sync_command().partition("; what was offline: wandb sync ")
+    assert page == resumed._wandb.url
+    sync(server, Path(command))
+    assert sorted(r["train/step"] for r in logged(only_run(server))) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert resumed._wandb.page_or_sync_command() == page
+
+
 def test_rows_that_an_offline_client_has_not_written_since_the_disk_was_full_are_in_another_folder(
     track: Callable[..., Tracker],
     server: FakeWandb,

@@ -147,13 +147,15 @@ class WandbRun:
         _tear_down(exit_code)
 
     def page_or_sync_command(self) -> str:
+        """The run's page, or what uploads the parts of it that are not there, those of earlier processes too."""
+        offline = sorted(self.folder.parent.glob(f"offline-run-*-{self.id}"))
+        parts = [path_text(part) for part in offline if not any(part.glob("*.synced"))]
+        if self.url and self._first_error:
+            parts = ["--include-online", path_text(self.folder), *parts]
+        sync = shlex.join(["wandb", "sync", *(parts or [path_text(self.folder)])])
         if self.url and not self._first_error:
-            return self.url
-        if self.url:
-            return shlex.join(["wandb", "sync", "--include-online", path_text(self.folder)])
-        parts = sorted(self.folder.parent.glob(f"offline-run-*-{self.id}"))  # with those of earlier processes
-        left = [part for part in parts if not any(part.glob("*.synced"))]
-        return shlex.join(["wandb", "sync", *map(path_text, left or [self.folder])])
+            return f"{self.url}; what was offline: {sync}" if parts else self.url
+        return sync
 
     @contextmanager
     def _catching_errors(self) -> Iterator[None]:
