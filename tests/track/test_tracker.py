@@ -138,6 +138,21 @@ def test_a_record_that_is_damaged_keeps_no_run_from_resuming(
     assert kept == [b"\xff", b"\xff"], "as it was"
 
 
+@pytest.mark.parametrize(("lines", "lost"), [(8, ""), (5, "6 to 8"), (0, "1 to 8")])
+def test_rows_that_are_lost_are_told_where_a_run_resumes(
+    track: Callable[..., Tracker], run_dir: Path, caplog: pytest.LogCaptureFixture, lines: int, lost: str
+) -> None:
+    train(track())
+    rows = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(rows[:lines]))
+    caplog.clear()
+    resumed = track(start_step=STEPS)
+    resumed.resume_from(STEPS)
+    resumed.finish()
+    said = [record.message for record in caplog.records if "rows" in record.message]
+    assert said == ([f"metrics.jsonl has lost the rows of steps {lost}"] if lost else [])
+
+
 @pytest.mark.parametrize(("plan", "speed"), [("the plan", 6007.0), ("another", None)])
 def test_a_run_that_was_killed_after_its_last_step_has_the_figures_of_its_steps(
     track: Callable[..., Tracker], run_dir: Path, plan: str, speed: float | None

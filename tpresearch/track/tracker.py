@@ -128,8 +128,12 @@ class Tracker:
         self._may_be_refused = False
         (self._run_dir / record.SUMMARY_FILE).unlink(missing_ok=True)
         self._metrics.truncate_after(step)
+        logged = record.read_metrics(self._run_dir)
+        if step and (not logged or step_of(logged[-1]) < step):  # a checkpoint follows the row of its step
+            since = step_of(logged[-1]) if logged else 0
+            log.warning("metrics.jsonl has lost the rows of steps %d to %d", since + 1, step)
         if self._wandb:
-            for row in record.read_metrics(self._run_dir):
+            for row in logged:
                 self._wandb.log(row)
         if step:
             ran_on = {"world_size": self.facts.world_size, "mesh": self.facts.mesh}
