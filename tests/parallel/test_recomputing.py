@@ -39,6 +39,8 @@ def replacing(block: Block, x: Tensor) -> Tensor:
 
 CHANGES: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "output": lambda block, x: block.first(x).relu_(),
+    "output of rows": lambda block, x: (x[None] @ block.first.weight).mul_(2).tanh()[0],
+    "scores": lambda block, x: (x.expand(2, 4, 8) @ block.first(x).mT).div_(3).softmax(-1)[0] @ x,
     "part of its output": lambda block, x: torch.cat(
         [t.sigmoid_() for t in block.first(x).unsafe_chunk(2, 1)], 1
     ),
@@ -47,7 +49,10 @@ CHANGES: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "another buffer": replacing,
 }
 REFUSED = {
-    **{(part, "selective"): "in place the output of a matmul" for part in ("output", "part of its output")},
+    **{
+        (change, "selective"): "in place the output of a matmul"
+        for change in ("output", "output of rows", "scores", "part of its output")
+    },
     **{("input", kind): "its input" for kind in ("selective", "full")},
     **{(f"{a}buffer", kind): "its buffer seen" for a in ("", "another ") for kind in ("selective", "full")},
 }

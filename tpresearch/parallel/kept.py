@@ -49,6 +49,11 @@ _SLOW_OPS = {
 }
 
 
+VERSIONED_APART = ("_unsafe_view", "unsafe_split", "unsafe_split_with_sizes")
+"""Ops that give views of a tensor, as torch's matmul of more than two dims and its `nn.GRU` do, which it does not know for views: a
+change in place of one is none of the tensor's to it."""
+
+
 def _draws(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether it is attention with dropout, from which the generator goes on to what is drawn after it: it is computed again."""
     given = dict(zip((each.name for each in op._schema.arguments), args, strict=False)) | kwargs
@@ -77,16 +82,21 @@ class _Output:
     """Tensors in a structure, aliased without the graph of backward, which holds what is kept."""
 
     def __init__(self, tensors: Any) -> None:
-        self.tensors, self._versions = tree_map_only(Tensor, _alias, tensors), _versions(tensors)
+        self.tensors = tree_map_only(Tensor, _alias, tensors)
+        self._watched = _tensors_of(self.tensors)
+        self._versions = _versions(self._watched)
 
     def is_changed(self) -> bool:
-        return _versions(self.tensors) != self._versions
+        return _versions(self._watched) != self._versions
 
-    def note_views(self, whole: Tensor) -> None:
-        """Views of this tensor, which may be one of these, have versions of their own: it counts as changed."""
-        parts = (t for t in tree_leaves(self.tensors) if isinstance(t, Tensor) and not isinstance(t, DTensor))
-        if any(part.untyped_storage()._cdata == whole.untyped_storage()._cdata for part in parts):
-            self._versions = []
+    def watches(self, whole: Tensor, views: Any) -> bool:
+        """Whether these are views of one of the tensors; if so, they are watched for changes too."""
+        if _storage(whole) not in map(_storage, self._watched):
+            return False
+        aliases = [_alias(view) for view in _tensors_of(views)]
+        self._watched += aliases
+        self._versions += _versions(aliases)
+        return True
 
 
 def _alias(tensor: Tensor) -> Tensor:
@@ -95,8 +105,17 @@ def _alias(tensor: Tensor) -> Tensor:
         return tensor.detach()
 
 
-def _versions(tensors: Any) -> list[int]:
-    return [t._version for t in tree_leaves(tensors) if isinstance(t, Tensor)]
+def _tensors_of(values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    return [t._version for t in tensors]
+
+
+def _storage(tensor: Tensor) -> int:
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage()._cdata
 
 
 def _key(op: Any, args: tuple[Any, ...]) -> Hashable:
@@ -145,9 +164,8 @@ class _Keeping(TorchDispatchMode):
         tensors = func(*args, **(kwargs or {}))
         if self._kept.takes(func, args, kwargs or {}):
             self.outputs.append((_key(func, args), _Output(tensors)))
-        elif func.__name__.startswith("unsafe_split") and not isinstance(args[0], DTensor):  # as in nn.GRU
-            for _, output in self.outputs:
-                output.note_views(args[0])
+        elif func.__name__.split(".")[0] in VERSIONED_APART:
+            any(output.watches(args[0], tensors) for _, output in reversed(self.outputs))
         return tensors
 
 
