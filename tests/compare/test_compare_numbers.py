@@ -144,6 +144,14 @@ def test_over_seeds_mean_and_standard_deviation(tmp_path: Path) -> None:
     assert column(seeds, "tok/s/device") == ["101 ± 1", "101 ± 1"]
 
 
+def test_a_mean_over_seeds_is_at_the_tokens_that_all_have(tmp_path: Path) -> None:
+    """Of two runs, one of which has a loss that is not finite in its third row."""
+    losses = (lambda step: step, lambda step: None if step == 3 else step + 1.0)
+    ones = groups_of(tmp_path, *(Made(seed=seed, steps=4, loss=loss) for seed, loss in enumerate(losses)))
+    both = Group("both", [one.first for one in ones], over_seeds=True)
+    assert rows(curves([both], LOSS), "steps", "value") == [(1, 1.5), (2, 2.5), (4, 4.5)]
+
+
 def test_a_mean_that_lacks_a_run_says_so() -> None:
     lost: list[float | None] = [0.5, 1.5, None]
     means = mean_columns([[{"train/loss": loss, "wall_time_s": 60.0} for loss in lost]])

@@ -98,7 +98,7 @@ def _loss_differences(comparisons: Sequence[Comparison], metric: str) -> pd.Data
     found = []
     for comparison in comparisons:
         on = ["seed", "tokens"] if comparison.baseline.over_seeds else ["tokens"]
-        base = history([comparison.baseline], metric).dropna().drop_duplicates(on)[[*on, "value"]]
+        base = history([comparison.baseline], metric).dropna()[[*on, "value"]]
         found.append(history(comparison.others, metric).merge(base, on=on))
     pairs = pd.concat(found)
     return pairs.assign(value=(pairs.pop("value_x") - pairs.pop("value_y")).abs().fillna(math.inf))
