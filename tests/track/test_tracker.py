@@ -301,6 +301,11 @@ def test_a_run_that_may_not_resume_keeps_its_record(
         no_report()
     assert (run_dir / "plan.txt").read_text() == "another\n"
     assert read_summary(run_dir)["status"] == "failed"
+    with pytest.raises(ZeroDivisionError), track(start_step=4):
+        no_report()
+    found, row = read_summary(run_dir), read_metrics(run_dir)[3]
+    told = found["steps"], found["tokens"], found["train/loss"]
+    assert told == (4, row["train/tokens"], row["train/loss"]), "not of the rows after it"
     resumed = track(start_step=STEPS)
     resumed.resume_from(STEPS)
     with pytest.raises(ConfigError), resumed:

@@ -23,7 +23,17 @@ from tpresearch.launch.stop import Stopped
 from tpresearch.track.names import NAMES
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.tracker import Tracker
-from tpresearch.track.wandb_run import WandbRun, rows_on_disk
+from tpresearch.track.wandb_run import (
+    BLOCK_BYTES,
+    FILE_HEADER,
+    FULL,
+    LAST,
+    PART_HEADER,
+    WandbRun,
+    cut_half_record,
+    read_records,
+    rows_on_disk,
+)
 
 
 def test_what_arrives_is_what_the_record_holds(
@@ -272,3 +282,25 @@ def test_a_stopped_run_is_closed_as_one(
 def test_the_client_is_not_imported_where_it_is_not_wanted() -> None:
     code = "import sys, tpresearch.track; sys.exit('wandb' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_records_are_read_in_parts_that_end_with_a_block_and_no_whole_one_is_cut(tmp_path: Path) -> None:
+    """The first leaves three bytes of its block, too few for another's header."""
+
+    def part(content: bytes, kind: int) -> bytes:
+        return PART_HEADER.pack(0, len(content), kind) + content
+
+    long = b"x" * (BLOCK_BYTES - len(FILE_HEADER) - PART_HEADER.size - 3)
+    log = (
+        FILE_HEADER
+        + part(long, FULL)
+        + bytes(3)
+        + part(b"in three ", 2)
+        + part(b"par", 3)
+        + part(b"ts", LAST)
+    )
+    half = part(b"half", FULL)[:-1]
+    assert list(read_records(log + half)) == [(long, BLOCK_BYTES - 3), (b"in three parts", len(log))]
+    (tmp_path / "run-1.wandb").write_bytes(log + half)
+    cut_half_record(tmp_path / "run-1.wandb")
+    assert (tmp_path / "run-1.wandb").read_bytes() == log
