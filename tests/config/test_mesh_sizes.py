@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from support.composed import config
 
-from tpresearch.config.mesh import warning_of_unused_axes
+from tpresearch.config.axes import MeshSizes
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.mesh import ShardedCount, check_divisible, warning_of_unused_axes
 from tpresearch.config.validate import (
     planned_world,
     ranks_needed,
@@ -13,6 +15,9 @@ from tpresearch.config.validate import (
     validate,
     with_batch_that_fits,
 )
+
+COUNTS = {"n_heads": 8, "ffn_dim": 24}
+OTHERS = {"mesh.dp_replicate": None, "mesh.dp_shard": None}
 
 
 def sizes(*overrides: str, world: int, hosts: int = 1) -> dict[str, int]:
@@ -138,3 +143,21 @@ def test_an_axis_of_one_rank_that_the_plan_is_named_for_is_said(
 
 def test_a_budget_in_tokens_is_rounded_up_to_steps() -> None:
     assert total_steps(config("train.steps=null", "train.tokens=1000")) == 8  # of 8 * 16 tokens
+
+
+@pytest.mark.parametrize(
+    ("plan", "mesh", "fix", "nproc"),
+    [
+        ("tp", MeshSizes(tp=6), {"mesh.tp": 4}, 4),
+        ("fsdp_tp", MeshSizes(dp_shard=2, tp=3), {"mesh.tp": 2} | OTHERS, None),
+        ("fsdp_tp", MeshSizes(dp_shard=4, tp=3), {"mesh.tp": 4} | OTHERS, None),
+    ],
+)
+def test_the_size_that_is_proposed_divides_all_counts_and_the_ranks(
+    plan: str, mesh: MeshSizes, fix: dict[str, object], nproc: int | None
+) -> None:
+    """Alone, the next smaller one on as many ranks; beside data parallelism the largest of these ranks."""
+    counts = [ShardedCount("tp", f"model.{name}", count, "a rule") for name, count in COUNTS.items()]
+    with pytest.raises(ConfigError, match=r"legal for this model: 1 2 4 8$") as refused:
+        check_divisible(config(f"parallel={plan}").parallel, mesh, counts)
+    assert (refused.value.fix, refused.value.nproc) == (fix, nproc)

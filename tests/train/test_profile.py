@@ -76,6 +76,7 @@ def test_on_cuda_kernels_alone_are_summed_and_not_the_ranges_around_them() -> No
         event("multi_tensor_apply_kernel<FusedAdamMathFunctor>", "CUDA", 2000.0),
         event("triton_poi_fused_mul_0", "CUDA", 1000.0),
         event("Memcpy HtoD (Pinned -> Device)", "CUDA", 500.0),
+        event("sm90_xmma_gemm", "CUDA", 0.0),
     ]
     found = summarize(events, on_cuda=True, steps=2)
     assert {name: row["ms"] for name, row in found["classes"].items()} == {
@@ -84,7 +85,9 @@ def test_on_cuda_kernels_alone_are_summed_and_not_the_ranges_around_them() -> No
         "pointwise": 0.5,
         "copy": 0.25,
     }
+    assert {row["calls"] for row in found["classes"].values()} == {1.0}
     assert len(found["slowest"]) == 4
+    assert found["slowest"][0] == {"name": "nvjet_tst_NTN", "ms": 2.0, "calls": 1.0}
 
 
 def profiled(world: World, cfg: Config, folder: Path) -> None:
