@@ -23,6 +23,7 @@ from tpresearch.compare.runs import find_runs
 from tpresearch.compare.style import ChartStyle
 from tpresearch.config.choices import Dtype
 from tpresearch.track.panels import SECTIONS
+from tpresearch.track.record import write_config
 from tpresearch.track.table import Cell, Table, figure_columns, markdown, mean_columns, with_comparable_memory
 
 PANELS = {panel.name: panel for panels in SECTIONS.values() for panel in panels}
@@ -326,6 +327,22 @@ def test_runs_whose_learning_rates_follow_from_other_budgets_are_not_compared(tm
     for group in groups:
         group.first.config["schedule"]["name"] = "constant"
     assert len(comparisons_of(groups)) == 1
+
+
+def test_a_run_that_got_more_steps_once_its_rate_had_fallen_is_another_training(tmp_path: Path) -> None:
+    """Of 12 steps, then of 200, under a cosine after a warmup of 10."""
+    whole, grown = groups_of(tmp_path, Made(budget=200), Made("tp", {"tp": 2}, budget=200))
+    config = {**grown.first.config, "train": {**grown.first.config["train"], "steps": 12}}
+    write_config(grown.first.folder, config)
+    (grown.first.folder / "config.yaml").rename(grown.first.folder / "config.step-00000012.yaml")
+    assert (
+        len(comparisons_of([whole, dataclasses.replace(grown, runs=[dataclasses.replace(grown.first)])])) == 1
+    ), "it has not"
+    rows = [{**row, "train/lr": 1e-3 if row["train/step"] == 12 else 3e-3} for row in grown.first.rows]
+    fell = dataclasses.replace(grown.first, rows=rows)
+    assert len(comparisons_of([whole, dataclasses.replace(grown, runs=[fell])])) == 2
+    assert fell.setting("train.steps") == "12 up to step 12, then 200"
+    assert fell.setting("train.steps") != whole.first.setting("train.steps") == "200"
 
 
 def test_a_resumed_runs_time_is_of_its_last_process_and_not_the_best(tmp_path: Path) -> None:

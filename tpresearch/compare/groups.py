@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from tpresearch.compare.runs import Run
+from tpresearch.compare.runs import Run, budget_of
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.config.choices import ScheduleName
 from tpresearch.config.comparable import experiment_config
@@ -183,17 +182,9 @@ def _determines_loss(group: Group) -> str:
     kept["train"] = {key: value for key, value in kept["train"].items() if key not in without}
     kept["optimizer"] = {key: value for key, value in kept["optimizer"].items() if key != "moment_dtype"}
     if kept["schedule"].get("name") != ScheduleName.constant:
-        kept["budget"] = _budget(group.first.config)  # a step's learning rate depends on it
+        # A step's learning rate depends on it.
+        kept["budget"] = [budget_of(group.first.config), *group.first.earlier_budgets]
     return json.dumps([kept, group.first.setting("corpus_hash")], sort_keys=True, default=str)
-
-
-def _budget(config: Mapping[str, Any]) -> object:
-    """The run's steps, also where the config gives its tokens instead."""
-    train = config["train"]
-    sizes = tokens, rows, length = train["tokens"], train["global_batch_size"], config["data"]["seq_len"]
-    if train["steps"] is None and all(isinstance(size, int) and size > 0 for size in sizes):
-        return -(-tokens // (rows * length))
-    return train["steps"]
 
 
 def _best_baseline(groups: Sequence[Group]) -> Group:

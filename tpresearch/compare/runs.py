@@ -21,7 +21,7 @@ from tpresearch.config.comparable import comparable_config, with_defaults
 from tpresearch.config.errors import ConfigError, one_line
 from tpresearch.launch.claim import EARLIER_SUFFIX
 from tpresearch.launch.command import WrongCommand, python_command
-from tpresearch.track.names import SUMMARY_PARTS, Row
+from tpresearch.track.names import SUMMARY_PARTS, Row, step_of
 from tpresearch.track.record import read_metrics, read_record, without_nonfinite
 from tpresearch.track.table import with_comparable_memory
 from tpresearch.track.text import UNDEFINED, loss_text, path_text, setting_text
@@ -82,11 +82,41 @@ class Run:
         ran_on["unigram_entropy"] = loss_text(self.summary.get("unigram_entropy"))
         nested = {"ranks": self.summary["world_size"], **comparable_config(self.config), **ran_on}
         (flat,) = pd.json_normalize(nested).to_dict("records")
-        return {str(key): setting_text(value) for key, value in flat.items()}
+        texts = {str(key): setting_text(value) for key, value in flat.items()}
+        if self.earlier_budgets:
+            texts["train.steps"] = ", then ".join([*self.earlier_budgets, str(budget_of(self.config))])
+        return texts
+
+    @cached_property
+    def earlier_budgets(self) -> list[str]:
+        """Of a run that was resumed with more steps: `6 up to step 4`, for each earlier number of them by which the learning rate had
+        begun to fall, so that it is another training than one of as many steps from the start."""
+        found = []
+        for path in sorted(self.folder.glob("config.step-*.yaml")):
+            until = int(path.stem.rpartition("-")[2])
+            try:
+                config = with_defaults(read_record(path))
+                budget, warmup = budget_of(config), config["schedule"]["warmup_steps"]
+                rates = [row.get("train/lr") for row in self.rows if warmup < step_of(row) <= until]
+                fell = any(rate is not None and rate < config["optimizer"]["lr"] for rate in rates)
+            except (OSError, ValueError, LookupError, TypeError):  # damaged
+                continue
+            if fell and budget != budget_of(self.config):
+                found.append(f"{budget} up to step {until}")
+        return found
 
     def setting(self, key: str) -> str:
         """A dash where the run has no such setting."""
         return self.settings.get(key, UNDEFINED)
+
+
+def budget_of(config: Mapping[str, Any]) -> object:
+    """The run's steps, also where the config gives its tokens instead."""
+    train = config["train"]
+    sizes = tokens, rows, length = train["tokens"], train["global_batch_size"], config["data"]["seq_len"]
+    if train["steps"] is None and all(isinstance(size, int) and size > 0 for size in sizes):
+        return -(-tokens // (rows * length))
+    return train["steps"]
 
 
 @dataclass(frozen=True)
