@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -170,3 +171,15 @@ def test_a_full_disk_or_a_folder_that_is_gone_ends_no_run(
         line
         == f"W&B: [Errno 2] No such file or directory: '{tmp_path}/gone/sent'; metrics.jsonl has every row"
     )
+    wandb.log(complete_row(row(2)))
+    assert client.log.call_count == 0
+    (tmp_path / "gone").mkdir()
+    wandb.finish({}, 0)
+    assert [sent.args[0]["train/step"] for sent in client.log.call_args_list] == [1, 2], "once it is there"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, limits[1]))
+    wandb.log(complete_row(row(34)))  # of which there is room for a digit
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    wandb.log(complete_row(row(35)))
+    assert (tmp_path / "gone" / "sent").read_text() == "1\n2\n34\n35\n"
+    assert client.log.call_count == 4

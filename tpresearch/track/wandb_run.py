@@ -53,6 +53,8 @@ class WandbRun:
 
     def __init__(self, run: wandb.Run, sent: SentRows) -> None:
         self._run, self._sent = run, sent
+        self._waiting: list[Row] = []
+        """Rows whose steps the disk had no room for."""
         self._first_error: str | None = None
         self.id: str = run.id
         self.url: str | None = run.url
@@ -126,9 +128,15 @@ class WandbRun:
 
     def log(self, row: Row) -> None:
         """Log one row, unless the run already has it, as of a step that a resumed run repeats; undefined metrics are None."""
+        self._waiting.append(row)
+        self._log_waiting()
+
+    def _log_waiting(self) -> None:
         with self._catching_errors():
-            if self._sent.is_new(row):
-                self._run.log(dict(row))
+            while self._waiting:
+                is_new, row = self._sent.is_new(self._waiting[0]), self._waiting.pop(0)
+                if is_new:
+                    self._run.log(dict(row))
 
     def log_more(self, values: Row) -> None:
         """Log what a row lacked when it was logged: as another one of its step, since W&B changes none."""
@@ -138,6 +146,7 @@ class WandbRun:
 
     def finish(self, summary: Mapping[str, Any], exit_code: int, preempted: bool = False) -> None:
         """Set the summary's figures, in place of an earlier end's, and close the run, in at most `finish_timeout` seconds."""
+        self._log_waiting()
         with self._catching_errors():
             self._run.summary.update({"error": None, **summary} if "resumed" in summary else dict(summary))
             if preempted:
@@ -212,9 +221,15 @@ class SentRows:
         return True
 
     def add(self, step: int) -> None:
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a") as file:
+                file.write(f"{step}\n")
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self._path, size)  # half a number
+            raise
         self._steps.append(step)
-        with self._path.open("a") as file:
-            file.write(f"{step}\n")
 
 
 def set_up() -> wandb.Settings:
