@@ -10,7 +10,7 @@ import pytest
 from support.assembled import assembled, planned, ranks_of_a_host, refusal
 from support.composed import config
 from support.counted_steps import FAKE
-from support.nets import AddsInPlace, AfterBlocks, model
+from support.nets import AddsInPlace, AfterBlocks, Forced, model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
@@ -138,3 +138,10 @@ def test_of_views_that_nothing_changes_torch_does_not_warn() -> None:
     with warnings.catch_warnings(record=True) as warned, assembled(cfg, ranks_of_a_host(2), FAKE) as loop:
         loop.step()
     assert [str(each.message) for each in warned if "view" in str(each.message)] == []
+
+
+def test_a_forward_that_takes_a_gradient_through_a_unit_is_refused() -> None:
+    error = refusal(*model(Forced), "parallel=fsdp", world=2)
+    assert "it takes a gradient through mlp in its forward" in str(error)
+    for fits in (("parallel=ddp",), ("parallel=fsdp", "model.blocks=[]")):
+        planned(*model(Forced), *fits, world=2)

@@ -159,6 +159,17 @@ class Counting(ToyLM):
         return self.output(self.mlp(self.embed(tokens)) * min(1.0, self.calls / 100))
 
 
+class Forced(ToyLM):
+    """Whose features move along the gradient of an energy."""
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        x = self.embed(tokens)
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.requires_grad_()
+            (force,) = torch.autograd.grad(self.mlp(x).square().sum(), x, create_graph=self.training)
+        return self.output(x + force)
+
+
 class Projected(ToyLM):
     """With a random projection that is drawn once."""
 

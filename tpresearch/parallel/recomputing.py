@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Checkpointing
 from tpresearch.parallel.kept import keeping_slow_ops, save_slow_ops
-from tpresearch.plan.probe import buffer_versions, changed_buffers
+from tpresearch.plan.meta import buffer_versions, changed_buffers
 
 
 def checkpointed(forward: Callable[..., Any], kind: Checkpointing) -> Callable[..., Any]:

@@ -6,6 +6,8 @@ import re
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from tpresearch.config.choices import Loss
 from tpresearch.config.errors import ConfigError, WrongModel, one_line, place_of
@@ -69,3 +71,21 @@ def incompatible(inputs: Tensor, cfg: Config, error: Exception) -> ConfigError:
 
 def _format_shape(shape: torch.Size) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def leaves_between(outputs: object, inputs: object) -> list[Tensor]:
+    """The leaves that ops on the way from these outputs to these inputs take besides, such as the weights of layers between them."""
+    tensors = ([t for t in tree_leaves(each) if isinstance(t, Tensor)] for each in (outputs, inputs))
+    first, last = ([get_gradient_edge(t).node for t in each] for each in tensors)
+    leads, left, found = dict.fromkeys(last, True), list(first), list[Tensor]()
+    while left:
+        node = left[-1]
+        after = [other for other, _ in node.next_functions if other is not None]
+        if node not in leads:
+            leads[node] = False
+            left += [other for other in after if other not in leads]
+            continue
+        if left.pop() not in last and not leads[node] and any(leads[other] for other in after):
+            leads[node] = True
+            found += [other.variable for other in after if hasattr(other, "variable")]
+    return found

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
@@ -173,6 +173,20 @@ def _module_limit() -> RemovableHandle:
             raise ValueError(f"it has more than {MAX_MODULES:,} modules")
 
     return register_module_module_registration_hook(count)
+
+
+Versions = list[tuple[str, Tensor, int]]
+"""Of buffers: the name, the tensor, and how often it was changed in place."""
+
+
+def buffer_versions(module: nn.Module) -> Versions:
+    return [(name, buffer, buffer._version) for name, buffer in module.named_buffers()]
+
+
+def changed_buffers(module: nn.Module, before: Versions) -> dict[str, Tensor]:
+    """Those that have been changed in place or replaced since."""
+    now = dict(module.named_buffers()) if before else {}
+    return {name: t for name, t, version in before if now.get(name) is not t or t._version != version}
 
 
 def numbers_of(model: nn.Module) -> dict[str, float]:

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from tpresearch.config.errors import WrongModel
 from tpresearch.config.schema import Config
-from tpresearch.plan.compatible import TableTooShort, incompatible
-from tpresearch.plan.meta import numbers_of, same_draws
+from tpresearch.plan.compatible import TableTooShort, incompatible, leaves_between
+from tpresearch.plan.meta import buffer_versions, changed_buffers, numbers_of, same_draws
 
 Shapes = tuple[torch.Size | None, ...]
 PYTHON = "python"
@@ -60,6 +60,8 @@ class Probe:
     """Modules with a parameter that is read outside of their own forward, as by `linear(x, self.embedding.weight)`."""
     changed_state: tuple[str, ...] = ()
     """Buffers that a forward in training changes, as the statistics of a batch norm, and numbers that modules keep, as a count of calls."""
+    differentiated: set[str] = field(default_factory=set)
+    """Parameters through which a forward takes a gradient of its own, by `autograd.grad`."""
     called: list[str] = field(default_factory=list)
     """Names of modules in the order in which they were called, one per call."""
     matmul_flops: dict[str, float] = field(default_factory=dict)
@@ -84,20 +86,6 @@ def elements_of(args: object, output: object) -> int | None:
     return None
 
 
-Versions = list[tuple[str, Tensor, int]]
-"""Of buffers: the name, the tensor, and how often it was changed in place."""
-
-
-def buffer_versions(module: nn.Module) -> Versions:
-    return [(name, buffer, buffer._version) for name, buffer in module.named_buffers()]
-
-
-def changed_buffers(module: nn.Module, before: Versions) -> dict[str, Tensor]:
-    """Those that have been changed in place or replaced since."""
-    now = dict(module.named_buffers()) if before else {}
-    return {name: t for name, t, version in before if now.get(name) is not t or t._version != version}
-
-
 class _CallMode(TorchFunctionMode):
     """Notes for `_ProbeMode` each call of a function, and in which of them random numbers are drawn: `dropout`, say."""
 
@@ -110,6 +98,8 @@ class _CallMode(TorchFunctionMode):
     ) -> Any:
         draws, name = self._probe.draws, getattr(func, "__name__", "")
         before = len(draws)
+        if func is torch.autograd.grad:
+            self._probe.note_gradient(*args, **(kwargs or {}))
         output = func(*args, **(kwargs or {}))
         draws[before:] = [(module, name) for module, _ in draws[before:]][:1]
         if self._probe.running:
@@ -165,6 +155,10 @@ class _ProbeMode(TorchDispatchMode):
         outputs = output if isinstance(output, tuple) else (output,)
         self._shapes[name] = _shapes_of(args), _shapes_of(outputs), self._layers_called
         self._views += [(name, t, t._version) for t in outputs if isinstance(t, Tensor) and t._is_view()]
+
+    def note_gradient(self, outputs: object, inputs: object, *_: object, **__: object) -> None:
+        storages = [leaf.untyped_storage() for leaf in leaves_between(outputs, inputs)]
+        self._found.differentiated.update(self._weights[s][0] for s in storages if s in self._weights)
 
     def result(self, output: Tensor, head: str | None, model: nn.Module, tokens: int) -> Probe:
         """What was recorded, once the model has returned."""

@@ -253,6 +253,7 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
     check_randomness(model, plan, cfg.parallel)
     check_split_output(plan, cfg)
     check_changed_outputs(plan, cfg)
+    check_own_gradients(plan, cfg)
     plan = dataclasses.replace(plan, followed_to=check_one_rank(model, plan, batch.inputs, cfg))
     if sizes.dp * micro_batches(cfg, sizes) > 1:
         plan = dataclasses.replace(plan, across_rows=op_across_rows(model, plan, batch.inputs, cfg))
@@ -283,3 +284,15 @@ def check_changed_outputs(plan: Plan, cfg: Config) -> None:
     if name := next((block for block in freed if block in plan.probe.changed_outputs), None):
         why = f"it changes the output of {name} in place, and FSDP would not gather the block's weights again for its backward"
         raise WrongModel(cfg.model.name, why, "a sum of its own, as x = x + y for x += y")
+
+
+def check_own_gradients(plan: Plan, cfg: Config) -> None:
+    """Refuse a forward that takes a gradient through a unit of FSDP, which would be over with its weights then, before backward."""
+    units = (
+        map(plan.unit_of, sorted(plan.probe.differentiated))
+        if uses_fully_shard(cfg.parallel, plan.sizes)
+        else ()
+    )
+    if unit := next(filter(None, units), None):
+        why = f"it takes a gradient through {unit} in its forward, which fully_shard would take for the backward, and not sum that of {unit}"
+        raise WrongModel(cfg.model.name, why, f"parallel=ddp, or blocks without {unit}")
