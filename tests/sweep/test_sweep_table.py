@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
+from support.composed import config
 
-from tpresearch.sweep.job import STOPPED_CODE, Job
+from tpresearch.sweep.job import STOPPED_CODE, Job, slots_of
 from tpresearch.sweep.outcome import outcome_of
 from tpresearch.sweep.table import print_table, seed_table, table_of, write_files
 
@@ -42,6 +43,18 @@ def test_a_prediction_says_so_and_for_how_many_ranks(tmp_path: Path) -> None:
     )
     failed.composed.cluster = {"name": "h100_dgx"}
     assert [cell.text for cell in table_of([outcome_of(failed, 1, 3.0)]).rows[0]][:3] == ["1", "tp", "64"]
+
+
+def test_a_job_takes_gpus_where_its_ranks_will() -> None:
+    for words, gpus, taken in (
+        (["device=auto"], 4, (4, True)),
+        (["device=auto"], 3, (4, False)),
+        (["device=cpu"], 8, (4, False)),
+        (["device=cuda"], 8, (4, True)),
+        (["device=cuda"], 3, (3, True)),
+        (["device=cuda", "+cluster=h100_dgx"], 8, (4, False)),
+    ):
+        assert slots_of(config(*words), 4, gpus) == taken
 
 
 def test_a_row_a_job_with_the_best_marked(tmp_path: Path) -> None:
