@@ -23,7 +23,7 @@ from tpresearch.compare.runs import find_runs
 from tpresearch.compare.style import ChartStyle
 from tpresearch.config.choices import Dtype
 from tpresearch.track.panels import SECTIONS
-from tpresearch.track.record import write_config
+from tpresearch.track.record import read_record, read_summary, write_config, write_summary
 from tpresearch.track.table import Cell, Table, figure_columns, markdown, mean_columns, with_comparable_memory
 
 PANELS = {panel.name: panel for panels in SECTIONS.values() for panel in panels}
@@ -343,6 +343,18 @@ def test_a_run_that_got_more_steps_once_its_rate_had_fallen_is_another_training(
     assert len(comparisons_of([whole, dataclasses.replace(grown, runs=[fell])])) == 2
     assert fell.setting("train.steps") == "12 up to step 12, then 200"
     assert fell.setting("train.steps") != whole.first.setting("train.steps") == "200"
+
+
+def test_initial_weights_tell_experiments_apart_and_not_their_path(tmp_path: Path) -> None:
+    """A run that init_from names may have gone on in the meantime."""
+    for index, (path, weights) in enumerate((("base", "a"), ("moved", "a"), ("base", "b"))):
+        folder = Made("tp", {"tp": 2**index}).write(tmp_path / str(index))
+        write_summary(folder, {**read_summary(folder), "initial_weights": weights})
+        write_config(folder, {**read_record(folder / "config.yaml"), "init_from": path})
+    groups = group_each_run(find_runs([str(tmp_path)]).runs)
+    compared = [[group.first.folder.name for group in each.groups] for each in comparisons_of(groups)]
+    assert compared == [["0", "1"], ["2"]]
+    assert [group.first.setting("initial_weights") for group in groups] == ["a", "a", "b"]
 
 
 def test_a_resumed_runs_time_is_of_its_last_process_and_not_the_best(tmp_path: Path) -> None:

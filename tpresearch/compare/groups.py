@@ -184,6 +184,8 @@ def _determines_loss(group: Group) -> str:
     if kept["schedule"].get("name") != ScheduleName.constant:
         # A step's learning rate depends on it.
         kept["budget"] = [budget_of(group.first.config), *group.first.earlier_budgets]
+    if weights := group.first.summary.get("initial_weights"):
+        kept["init_from"] = weights  # whatever the path, where others may be by now
     return json.dumps([kept, group.first.setting("corpus_hash")], sort_keys=True, default=str)
 
 

@@ -36,6 +36,7 @@ OPTIONAL_TYPES = {
     "run_name": str,
     "device": str,
     "corpus_hash": str,
+    "initial_weights": str,
     "unigram_entropy": float,
     "logger": dict,
     "cluster": dict,
@@ -76,9 +77,10 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """The comparable config by dotted key, as text; ranks, mesh, device and corpus are those of the run, and the entropy of its
-        tokens, which tells other held-out rows and a changed tokenizer."""
-        ran_on = {key: self.summary.get(key) for key in ("mesh", "device", "corpus_hash")}
+        """The comparable config by dotted key, as text; ranks, mesh, device, corpus and initial weights are those of the run, and the
+        entropy of its tokens, which tells other held-out rows and a changed tokenizer."""
+        facts = "mesh", "device", "corpus_hash", "initial_weights"
+        ran_on = {key: self.summary.get(key) for key in facts}
         ran_on["unigram_entropy"] = loss_text(self.summary.get("unigram_entropy"))
         nested = {"ranks": self.summary["world_size"], **comparable_config(self.config), **ran_on}
         (flat,) = pd.json_normalize(nested).to_dict("records")
