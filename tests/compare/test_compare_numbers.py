@@ -427,6 +427,16 @@ def test_a_run_from_a_seed_that_the_baseline_lacks_is_compared_with_none_of_its_
     assert max_differences([Comparison(apart, apart[0])])[two.runs[1].folder] == 2.25
 
 
+def test_a_terminal_shows_differences_of_as_many_runs_as_fit(tmp_path: Path) -> None:
+    groups = groups_of(tmp_path, *(Made(lr=10.0**-n) for n in range(1, 9)))
+    shown = {}
+    for runs in (8, 7):
+        report = Report([group.first for group in groups[:runs]], groups[:runs], [], [], [])
+        report.print(Console(file=(out := io.StringIO()), width=90), tmp_path)
+        shown[runs] = DIFFERENCES in out.getvalue(), "The configs differ in 1 setting:" in out.getvalue()
+    assert shown == {8: (False, True), 7: (True, False)}
+
+
 def test_in_a_sweep_of_plans_and_learning_rates_each_is_compared_with_its_own(tmp_path: Path) -> None:
     made = []
     for lr in (1e-3, 2e-3):

@@ -33,8 +33,8 @@ ROUNDING = "Loss differences of each plan, over all experiments"
 POOLED = {"most": "max |loss difference|", "rms": "rms |loss difference|"}
 Sections = dict[str, list[tuple[Panel, list[str], Spec]]]
 """By title: panels, notes and charts."""
-MAX_DIFFERENCES = 14
-"""Rows of config differences that are printed on a terminal."""
+MAX_DIFFERENCES, RUN_WIDTH = 14, 12
+"""Rows of config differences that are printed on a terminal, if it has at least so many columns for each run."""
 
 
 @dataclass
@@ -107,11 +107,12 @@ class Report:
         for warning in self.warnings:
             console.print(Text(printable(warning), style="yellow"), soft_wrap=True)
         count = len(self.tables[DIFFERENCES].rows)
-        apart = {FOLDERS} if 0 < count <= MAX_DIFFERENCES else {FOLDERS, DIFFERENCES}
+        too_many = count > MAX_DIFFERENCES or RUN_WIDTH * len(self.runs) > console.width
+        apart = {FOLDERS, DIFFERENCES} if too_many or not count else {FOLDERS}
         for title in [title for title in self.tables if title not in apart]:
             console.print(self.tables[title].rich(title=None if title == RUNS else title))
-        too_many = [f"The configs differ in {count} settings: see compare.md."]
-        lines = [*(too_many if count > MAX_DIFFERENCES else []), *self._lines()]
+        in_file = [f"The configs differ in {count} setting{'s' if count > 1 else ''}: see compare.md."]
+        lines = [*(in_file if too_many and count else []), *self._lines()]
         lines += [f"page: {path_text(out / 'compare.html')}", f"PNGs: {path_text(out / 'compare')}/*.png"]
         for line in lines:
             console.print(Text(printable(line)), soft_wrap=True)
