@@ -4,8 +4,10 @@ lead ranks to different parameters."""
 from __future__ import annotations
 
 import random
+from unittest.mock import Mock
 
 import pytest
+import torch
 from support.assembled import joined
 from support.composed import SMALL, config, corpus
 from support.nets import Routed as Experts
@@ -18,7 +20,7 @@ import tpresearch
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
 from tpresearch.models.toy_mlp import ToyLM, ToyMLP
-from tpresearch.train.agreement import AgreedGradients
+from tpresearch.train.agreement import AgreedGradients, _sample
 from tpresearch.train.assemble import assemble
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.trace import RunTrace, trace_run
@@ -197,3 +199,25 @@ def test_ranks_whose_rows_led_to_different_parameters_are_refused(
     blocks = ["model.blocks=[mlp,wide]"] if net is Forked else []
     for found in ranks.run(2, first_step, config(*model(net), *settings, *blocks), 4):
         assert found.startswith(f"parallel=fsdp: {refused}") if refused else not found
+
+
+def test_the_first_steps_are_compared_but_for_the_one_that_the_ledger_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    for words, begun, compared in (("", 0, [0, 2, 3, 4]), ("", 6, [6, 8, 9, 10]), ("train.steps=1", 0, [])):
+        at: list[int] = []
+        plan, state = Mock(rules={"any": 1}, replicated=["w"]), Mock(step=begun)
+        watching = AgreedGradients(config("model=toy_mlp", *words.split()), plan, Mock())
+        monkeypatch.setattr(watching, "_compare", lambda _, at=at, state=state: at.append(state.step))
+        state.trained_parameters.return_value = {"w": parameter}
+        watching.start(state)
+        for state.step in range(begun, begun + (1 if words else 9)):
+            watching.gradients(state)
+        assert at == compared
+
+
+def test_a_sample_is_of_all_of_a_gradient() -> None:
+    assert _sample(torch.arange(4097)).tolist() == list(range(0, 4096, 4))
+    assert _sample(torch.arange(3, dtype=torch.bfloat16)).dtype == torch.float32

@@ -95,3 +95,19 @@ def test_the_second_step_of_a_process_is_counted_wherever_the_run_starts(
             with watch.step(state):
                 pass
     assert at == [counted]
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_counted_step_without_a_gradient_claims_less(used: bool) -> None:
+    with assembled(config(*TOY)) as loop:
+        expected, state = Mock(), loop.state
+        watch = CountedStep(loop.setup.mesh, expected, 9)
+        watch.start(state)
+        state.step = 1
+        for parameter in state.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        parameter.grad = parameter.grad if used else None
+        with watch.step(state):
+            watch.gradients(state)
+        assert watch.counted
+        assert watch.counted.expected is (expected if used else expected.for_unused_parameters())
