@@ -85,6 +85,13 @@ def test_a_plan_that_would_untie_is_refused_and_both_are_named(overrides: list[s
     assert all(name in str(error) for name in ("embed.weight", "output.weight"))
 
 
+def test_a_tie_of_what_two_rules_keep_whole_says_which_has_none() -> None:
+    error = refusal(
+        *model(Tied), "parallel=tp", "~model.plans.tp.output", "model.plans.tp.embed.style=output"
+    )
+    assert error.why.endswith("they are kept whole by a rule over tp and whole without a rule")
+
+
 @pytest.mark.parametrize("overrides", [["parallel=fsdp"], ["parallel=fsdp", "train.dtype=bfloat16"]])
 def test_a_scalar_is_refused_where_fsdp_would_shard_it(overrides: list[str]) -> None:
     error = refusal(*model(Scaled), *overrides)

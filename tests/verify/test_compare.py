@@ -28,6 +28,7 @@ def a_trace() -> RunTrace:
     tensors = {
         "a.weight": torch.tensor([1.0, -2.0], dtype=torch.float64),
         "b.weight": torch.tensor([4.0], dtype=torch.float64),
+        "b.nothing": torch.empty(0, dtype=torch.float64),
     }
     step = StepTrace(2.5, 3.0, dict(tensors), dict(tensors), 2.0)
     return RunTrace(dict(tensors), [step, step])

@@ -60,6 +60,11 @@ def _check_embedding(name: str, embedding: nn.Embedding, plan: Plan) -> None:
         raise WrongModel(name, why, "an embedding without it, or parallel=none")
 
 
+def _shown_cut(axis: str | None, dim: int | None) -> str:
+    rule = f"by a rule over {axis}" if axis else "without a rule"
+    return f"whole {rule}" if dim is None else f"on dim {dim}"
+
+
 def _check_tie(name: str, owner: str, model: nn.Module, plan: Plan, fully_sharded: bool) -> None:
     modules = [model.get_submodule(one.rpartition(".")[0]) for one in (owner, name)]
     if modules[0] is modules[1]:  # one module at two places, under one rule
@@ -70,8 +75,8 @@ def _check_tie(name: str, owner: str, model: nn.Module, plan: Plan, fully_sharde
         cuts.append((rule.axis if rule else None, sharded_dim(one, model, plan.rules)))
         groups.append(unit_of(one, plan.blocks))
     if cuts[0] != cuts[1]:
-        shown = " and ".join("whole" if dim is None else f"on dim {dim}" for _, dim in cuts)
-        why = f"it is tied to {name}, and their sharding rules keep them {shown}"
+        shown = " and ".join(_shown_cut(*cut) for cut in cuts)
+        why = f"it is tied to {name}, and they are kept {shown}"
         legal = (
             "rules that leave the same rows of both on the same rank, such as rowwise for an embedding and "
             "colwise for an output layer"

@@ -131,7 +131,7 @@ def differences_between_ranks(step: int | None, tensors: Tensors, device: torch.
     dist.all_reduce(most, dist.ReduceOp.MAX)
     sizes = [tensor.numel() for tensor in tensors.values()]
     differences = zip((most - least).split(sizes), most.abs().split(sizes), strict=True)
-    scaled = (a.max().item() / (s.max().item() or 1.0) for a, s in differences)
+    scaled = (_greatest(a) / (_greatest(s) or 1.0) for a, s in differences)
     return [MaxError(error, step, name) for name, error in zip(tensors, scaled, strict=True)]
 
 
@@ -198,9 +198,14 @@ def _tensor_errors(step: int | None, ours: Tensors, reference: Tensors) -> list[
     scales: dict[str, float] = {}
     for name, tensor in reference.items():
         layer = name.rpartition(".")[0]
-        scales[layer] = max(scales.get(layer, 0.0), tensor.abs().max().item())
+        scales[layer] = max(scales.get(layer, 0.0), _greatest(tensor))
     found = []
     for name, tensor in reference.items():
         scale = scales[name.rpartition(".")[0]] or 1.0
-        found.append(MaxError((ours[name] - tensor).abs().max().item() / scale, step, name))
+        found.append(MaxError(_greatest(ours[name] - tensor) / scale, step, name))
     return found
+
+
+def _greatest(tensor: Tensor) -> float:
+    """The greatest absolute value; 0 of no elements."""
+    return tensor.abs().max().item() if tensor.numel() else 0.0
