@@ -114,7 +114,8 @@ def test_leftovers_of_others_go_unless_they_are_at_work(data: DataConfig, bpe: T
         assert [path.name for path in tokens.glob(".*.tmp")] == [".text-alive.123.tmp"]
 
 
-def test_leftovers_of_another_user_stay(texts: Path, bpe: TokenizerConfig) -> None:
+def test_leftovers_of_another_user_stay(texts: Path, data: DataConfig, bpe: TokenizerConfig) -> None:
+    prepared(data, bpe)  # imports what the other user may be unable to
     with tempfile.TemporaryDirectory() as folder:  # below tmp_path no other user could be
         text, home = Path(folder) / "text.txt", Path(folder) / "cache"
         text.write_text("words of a text\n" * 100)
