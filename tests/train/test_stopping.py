@@ -49,13 +49,14 @@ def polls(world: World, sent: dict[tuple[int, int], signal.Signals]) -> list[int
     """What each of six polls says where (rank, poll) is sent a signal before it."""
     hear_ctrl_c()
     with process_group(CPU, world), StopFlag() as flag:
-        stop = AgreedStop(flag)
+        stop = AgreedStop(flag, lambda: 3 + world.rank)
         said: list[int | None] = []
         for number in range(6):
             if (world.rank, number) in sent:
                 signalled(flag, sent[world.rank, number])
             said.append(stop.poll())
         stop.settle()
+        assert stop.written == 3, "checkpoints that all ranks have written"
         dist.barrier()
     return said
 
