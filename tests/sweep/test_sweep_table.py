@@ -133,6 +133,18 @@ Root Cause (first observed failure):
 TRACEBACK = "Traceback (most recent call last):\n    File x\n  torch.OutOfMemoryError: CUDA out of memory"
 
 
+def test_of_several_nodes_the_earliest_failure_is_the_cause(tmp_path: Path) -> None:
+    def said(second: int, why: str) -> str:
+        traceback = f"Traceback (most recent call last):\n  ValueError: {why}"
+        return f"{REPORT.format(traceback)}  time      : 2026-11-29_10:00:0{second}\n"
+
+    failed = job(tmp_path, 0, "parallel=tp", said=said(5, "peer closed"))
+    first = failed.folder / "console-node1.log"
+    first.write_text(said(2, "no such file"))
+    outcome = outcome_of(failed, 1)
+    assert (outcome.error, outcome.log) == ("ValueError: no such file", first)
+
+
 @pytest.mark.parametrize(
     ("said", "summary", "error"),
     [
