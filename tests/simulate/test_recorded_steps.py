@@ -151,8 +151,8 @@ def test_mfu_counts_a_block_that_runs_three_times_as_in_training() -> None:
 
 def test_norms_keep_on_a_device_what_one_kernel_keeps() -> None:
     """Per norm and token: its input, its output and one scale; the ledger of a CPU has the normalised input too."""
-    words = ("model=llama2_debug", "parallel=none", "train.global_batch_size=2")
-    cfg = config(*words)
+    words = ("model=llama2_debug", "model.n_kv_heads=8", "parallel=none", "train.global_batch_size=2")
+    cfg = dataclasses.replace(config(*words), cluster=read_option("cluster", "h100_dgx"))
     on_cpu = counted_step(1, *words).most_bytes["activations"]
     tokens, width, norms = 2 * cfg.data.seq_len, 64, 2 * 2 + 1
     memory = recorded(cfg, 1).memory
@@ -196,10 +196,11 @@ def test_where_two_and_three_blocks_do_not_tell_three_and_four_may() -> None:
 
 def test_a_wait_that_each_block_shortens_is_not_shorter_than_none() -> None:
     """At the end of a step, whose ops are short: with more blocks the host is further ahead."""
-    cfg = at_depth(config("model=llama2_debug", "parallel=none", "data.seq_len=128"), 12)
-    whole = dataclasses.replace(recording(cfg, sizes := validate(cfg, 1)), setting=None)
     plain = read_option("cluster", "h200_dgx")
     plain["numbers"]["launch_us"]["value"] = 6
+    cfg = at_depth(config("model=llama2_debug", "parallel=none", "data.seq_len=128"), 12)
+    cfg = dataclasses.replace(cfg, cluster=plain)
+    whole = dataclasses.replace(recording(cfg, sizes := validate(cfg, 1)), setting=None)
     one, other = (predict(each, parse_cluster(plain)) for each in (recording(cfg, sizes), whole))
     assert one.step_time_s == pytest.approx(other.step_time_s, rel=2e-3)
     assert one.time_s["waiting for the host"] == 0

@@ -23,17 +23,18 @@ from tpresearch.launch.stop import Stopped
 from tpresearch.track.names import NAMES
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.tracker import Tracker
-from tpresearch.track.wandb_run import (
+from tpresearch.track.wandb_files import (
     BLOCK_BYTES,
     FILE_HEADER,
     FULL,
     LAST,
     PART_HEADER,
-    WandbRun,
     cut_half_record,
+    parts_of,
     read_records,
     rows_on_disk,
 )
+from tpresearch.track.wandb_run import WandbRun
 
 
 def test_what_arrives_is_what_the_record_holds(
@@ -304,3 +305,18 @@ def test_records_are_read_in_parts_that_end_with_a_block_and_no_whole_one_is_cut
     (tmp_path / "run-1.wandb").write_bytes(log + half)
     cut_half_record(tmp_path / "run-1.wandb")
     assert (tmp_path / "run-1.wandb").read_bytes() == log
+
+
+def test_folders_of_one_second_are_one_runs_parts(tmp_path: Path) -> None:
+    mine = ["offline-run-20261129_110508-ab[1]", "offline-run-20261129_110508-ab[1]-1"]
+    later = "offline-run-20261129_110509-ab[1]"
+    others = (
+        "run-20261129_110508-ab[1]",
+        "offline-run-20261129_110508-cab[1]",
+        "offline-run-20261129_110508-ab1",
+    )
+    for name in (*others, later, *mine):
+        (tmp_path / name).mkdir()
+    assert [part.name for part in parts_of(tmp_path, "offline-run", "ab[1]")] == [*mine, later]
+    assert [part.name for part in parts_of(tmp_path, "run", "ab[1]")] == [others[0]]
+    assert parts_of(tmp_path / "none", "run", "ab[1]") == []

@@ -10,10 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
@@ -23,6 +21,7 @@ from tpresearch.config.errors import first_line
 from tpresearch.config.schema import Config
 from tpresearch.track.names import X_AXIS, Row, step_of
 from tpresearch.track.text import path_text
+from tpresearch.track.wandb_files import cut_half_record, parts_of, rows_on_disk
 from tpresearch.track.wandb_host import MAX_NAME_CHARS, MAX_TAG_CHARS, Mode, choose_mode
 
 if TYPE_CHECKING:
@@ -41,11 +40,6 @@ SETTINGS: dict[str, Any] = {
     "silent": True,
 }
 """Our settings, unless the environment has its own (WANDB_INIT_TIMEOUT, WANDB_CONSOLE, WANDB_SAVE_CODE and so on)."""
-BLOCK_BYTES, FILE_HEADER = 1 << 15, b":W&B\xe1\xbe\0"
-PART_HEADER = struct.Struct("<IHB")
-"""Header of each part: checksum, length, kind."""
-FULL, LAST = 1, 4
-"""Kinds of a part that end a record."""
 
 
 class WandbRun:
@@ -106,18 +100,19 @@ class WandbRun:
         kept_id.write_text(f"{known_as}\n")
         kept_id.with_name("folder").write_bytes(os.fsencode(kept_id.parents[1].absolute()))
         folders = Path(about["dir"]) / "wandb"
-        for path in folders.glob(f"offline-run-*-{known_as}/run-*.wandb"):
-            cut_half_record(path)
+        for part in parts_of(folders, "offline-run", known_as):
+            for path in part.glob("run-*.wandb"):
+                cut_half_record(path)
         run = wandb.init(mode=mode, id=known_as, resume="allow", **about)
         kept_id.write_text(f"{run.id}\n")  # under `wandb agent` the sweep has chosen another
         sent = SentRows(kept_id.with_name("sent"))
         if run.id != known_as:
             sent.truncate(0)
         # What the server has, or the disk: rows may have been lost with a killed client.
-        offline = list(folders.glob(f"offline-run-*-{run.id}"))
+        offline = parts_of(folders, "offline-run", run.id)
         if mode == "online" and not offline:
             sent.truncate(run.starting_step)
-        elif not any(folders.glob(f"run-*-{run.id}")) and (rows := rows_on_disk(offline)) is not None:
+        elif not parts_of(folders, "run", run.id) and (rows := rows_on_disk(offline)) is not None:
             sent.truncate(rows)
         # Rows never use W&B's own step: it silently drops those below a resumed one.
         run.define_metric("*", step_metric=X_AXIS)
@@ -157,7 +152,7 @@ class WandbRun:
 
     def page_or_sync_command(self) -> str:
         """The run's page, or what uploads the parts of it that are not there, those of earlier processes too."""
-        offline = sorted(self.folder.parent.glob(f"offline-run-*-{self.id}"))
+        offline = parts_of(self.folder.parent, "offline-run", self.id)
         parts = [path_text(part) for part in offline if not any(part.glob("*.synced"))]
         if self.url and self._first_error:
             parts = ["--include-online", path_text(self.folder), *parts]
@@ -249,49 +244,3 @@ def _tear_down(exit_code: int = 0) -> None:
 
     with suppress(Exception):
         wandb.teardown(exit_code=exit_code)
-
-
-def rows_on_disk(folders: list[Path]) -> int | None:
-    """Rows of history that the client has on disk for `wandb sync` in these folders (`wandb/offline-run-*`): rows logged
-    just before it was killed may be missing. None if this version of the client writes other files.
-    """
-    try:
-        protobuf: Any = import_module("wandb.proto.wandb_internal_pb2")
-        files = sorted(path for folder in folders for path in folder.glob("run-*.wandb"))
-        records = (record for path in files for record, _ in read_records(path.read_bytes()))
-        kinds = (protobuf.Record.FromString(record).WhichOneof("record_type") for record in records)
-        return sum(kind == "history" for kind in kinds)
-    except Exception:
-        return None
-
-
-def cut_half_record(path: Path) -> None:
-    """Cut off what a client left after the last complete record of its file when it was killed, or the disk was full:
-    `wandb sync` ends there, and sends none of the folders that it was to send after that one."""
-    with suppress(OSError):
-        log = path.read_bytes()
-        if log.startswith(FILE_HEADER):
-            *_, end = (len(FILE_HEADER), *(end for _, end in read_records(log)))
-            os.truncate(path, end)
-
-
-def read_records(log: bytes) -> Iterator[tuple[bytes, int]]:
-    """Each complete record in a file of the client, and the byte at which it ends.
-
-    LevelDB's log format (github.com/google/leveldb, doc/log_format.md) behind a header of 7 bytes: records of protobuf, in
-    parts that never cross a block. Checked on wandb 0.31.
-    """
-    at, parts = len(FILE_HEADER), b""
-    while True:
-        if (left := BLOCK_BYTES - at % BLOCK_BYTES) < PART_HEADER.size:
-            at += left  # too little of this block for another
-        if at + PART_HEADER.size > len(log):
-            return
-        _, length, kind = PART_HEADER.unpack_from(log, at)
-        start, at = at + PART_HEADER.size, at + PART_HEADER.size + length
-        if at > len(log):
-            return
-        parts += log[start:at]
-        if kind in (FULL, LAST):
-            yield parts, at
-            parts = b""
