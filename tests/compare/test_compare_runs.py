@@ -365,6 +365,19 @@ def test_a_predicted_step_has_read_nothing_that_must_match(tmp_path: Path) -> No
     assert [compared.groups for compared in comparisons_of(groups[1:])] == [groups[1:]]
 
 
+def test_predictions_of_different_batches_may_be_compared_and_with_a_run_of_one_may_not(
+    tmp_path: Path,
+) -> None:
+    for index, run in enumerate((Made(), Made(), Made(global_batch_size=48))):
+        run.write(tmp_path / str(index))
+    real, *predicted = find_runs([str(tmp_path)]).runs
+    for run in predicted:
+        run.summary["predicted"] = True
+    assert check_comparable(predicted, anyway=False, any_seed=False) == []
+    with pytest.raises(ConfigError, match=r"train.global_batch_size=48: "):
+        check_comparable([real, *predicted], anyway=False, any_seed=False)
+
+
 def test_an_unknown_baseline_and_one_that_several_have(tmp_path: Path) -> None:
     for index, run in enumerate([Made(), Made("fsdp", {"dp_shard": 2}), Made("fsdp", {"dp_shard": 4})]):
         run.write(tmp_path / f"job{index}")

@@ -215,8 +215,10 @@ def _find_baseline(groups: Sequence[Group], wanted: str) -> Group:
 
 def check_comparable(runs: Sequence[Run], *, anyway: bool, any_seed: bool) -> list[str]:
     """One sentence per field of MUST_MATCH in which runs differ, if they are overlaid `anyway`; otherwise refuses them for the first.
-    `any_seed` lets seeds differ.
+    `any_seed` lets seeds differ. Predictions among themselves may differ in all: they have no losses.
     """
+    if all(run.is_predicted for run in runs):
+        return []
     labelled = settings_frame(runs).assign(label=labels(runs))
     read = labelled[[not run.is_predicted for run in runs]]
     frames = {key: read if key in OF_THE_CORPUS else labelled for key in MUST_MATCH if key in labelled}
