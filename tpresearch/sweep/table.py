@@ -61,9 +61,10 @@ def _ranks(outcome: Outcome) -> int:
 
 
 def _summary(outcome: Outcome) -> Summary:
-    """The job's summary, and for one that left none at least how long it took."""
+    """The job's summary, and for one that left none at least how long it took. How long predicting took is no figure of the step."""
     figures = with_comparable_memory(outcome.summary)
-    return {"wall_time_s": outcome.seconds, **figures, "status": outcome.status}
+    took = {} if figures.get("predicted") else {"wall_time_s": outcome.seconds}
+    return {**took, **figures, "status": outcome.status}
 
 
 def differing(outcomes: Sequence[Outcome]) -> list[str]:
