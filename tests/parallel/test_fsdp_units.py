@@ -10,7 +10,7 @@ import pytest
 from support.assembled import assembled, planned, ranks_of_a_host, refusal
 from support.composed import config
 from support.counted_steps import FAKE
-from support.nets import AddsInPlace, AfterBlocks, Forced, model
+from support.nets import AddsInPlace, AfterBlocks, Forced, ReadApart, model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
@@ -138,6 +138,17 @@ def test_of_views_that_nothing_changes_torch_does_not_warn() -> None:
     with warnings.catch_warnings(record=True) as warned, assembled(cfg, ranks_of_a_host(2), FAKE) as loop:
         loop.step()
     assert [str(each.message) for each in warned if "view" in str(each.message)] == []
+
+
+def test_a_weight_of_a_unit_that_is_read_where_the_unit_does_not_run_is_refused() -> None:
+    error = refusal(*model(ReadApart), "parallel=fsdp", world=2)
+    assert "reads a parameter of mlp.in_proj while mlp does not run" in str(error)
+    for fits in (
+        ("parallel=ddp",),
+        ("parallel=fsdp", "model.blocks=[]"),
+        ("parallel=fsdp", "mesh.dp_shard=1"),
+    ):
+        planned(*model(ReadApart), *fits, world=1 if fits[-1] == "mesh.dp_shard=1" else 2)
 
 
 def test_a_forward_that_takes_a_gradient_through_a_unit_is_refused() -> None:

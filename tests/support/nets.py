@@ -159,6 +159,13 @@ class Counting(ToyLM):
         return self.output(self.mlp(self.embed(tokens)) * min(1.0, self.calls / 100))
 
 
+class ReadApart(ToyLM):
+    """That reads a weight of its block where the block does not run."""
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        return self.output(self.mlp(self.embed(tokens)) * self.mlp.in_proj.weight.std())
+
+
 class Forced(ToyLM):
     """Whose features move along the gradient of an energy."""
 

@@ -37,6 +37,8 @@ def check_parameters(model: nn.Module, plan: Plan, parallel: ParallelConfig) -> 
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             _check_embedding(name, module, plan)
+    for unit in plan.blocks if fully_sharded else ():
+        _check_gathered(type(model).__name__, unit, plan)
     for name, owner in tied_parameters(model).items():
         _check_tie(name, owner, model, plan, fully_sharded)
     for name, parameter in model.named_parameters():
@@ -45,6 +47,14 @@ def check_parameters(model: nn.Module, plan: Plan, parallel: ParallelConfig) -> 
             why = f"{name} is a scalar, which FSDP does not shard"
             raise ConfigError("parallel", parallel.name, why, legal)
         _check_rows(name, parameter, model, plan)
+
+
+def _check_gathered(model: str, unit: str, plan: Plan) -> None:
+    """FSDP gathers a block's parameters where the block is called: read elsewhere, they are shards."""
+    for owner, running in plan.probe.read_outside_forward.items():
+        if f"{owner}.".startswith(f"{unit}.") and unit not in running:
+            why = f"its forward reads a parameter of {owner} while {unit} does not run, for which FSDP gathers it"
+            raise WrongModel(model, why, f"a call of {unit}, blocks without it, or parallel=ddp")
 
 
 def _check_embedding(name: str, embedding: nn.Embedding, plan: Plan) -> None:

@@ -56,8 +56,9 @@ class Probe:
     of Python and NumPy, which are noted as the model's."""
     shapes: dict[str, CallShapes] = field(default_factory=dict)
     """By module name, for modules that were called."""
-    read_outside_forward: set[str] = field(default_factory=set)
-    """Modules with a parameter that is read outside of their own forward, as by `linear(x, self.embedding.weight)`."""
+    read_outside_forward: dict[str, set[str]] = field(default_factory=dict)
+    """Modules with a parameter that is read outside of their own forward, as by `linear(x, self.embedding.weight)`: the modules
+    whose forward ran at each such read."""
     changed_state: tuple[str, ...] = ()
     """Buffers that a forward in training changes, as the statistics of a batch norm, and numbers that modules keep, as a count of calls."""
     differentiated: set[str] = field(default_factory=set)
@@ -185,7 +186,10 @@ class _ProbeMode(TorchDispatchMode):
         if func is torch.ops.aten.embedding.default:
             self._check_lookup(*args[:2])
         owners = {self._owners.get(id(tensor), reader) for tensor in tree_leaves((args, kwargs))}
-        self._found.read_outside_forward.update(o for o in owners if o is not None and o != reader)
+        running, outside = set(self.running), self._found.read_outside_forward
+        for owner in owners:
+            if owner is not None and owner != reader:
+                outside[owner] = outside.get(owner, running) & running
         output = func(*args, **(kwargs or {}))
         if func in _MATMULS:
             first, second = args[-2:]
