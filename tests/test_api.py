@@ -289,6 +289,11 @@ def test_notes_are_written_once_for_all_ranks(caplog: pytest.LogCaptureFixture) 
     for rank in range(2):
         log_notes(replace(job, world=World(rank, 2)), corpus, is_new=True)
     assert [record.getMessage() for record in caplog.records] == list(job.notes) != []
+    over_hosts = tpresearch.compile_plan(tpresearch.load("parallel=fsdp_tp", "mesh.tp=4"), world_size=8).job
+    for per_host in (2, 4):
+        log_notes(replace(over_hosts, world=World(0, 8, local_size=per_host)), corpus, is_new=True)
+    *_, last = (text for record in caplog.records if "hosts" in (text := record.getMessage()))
+    assert last == "mesh.tp=4 crosses hosts of 2 ranks each", "and none of hosts of 4"
 
 
 def test_modes_of_torch_that_a_caller_has_set_are_not_those_of_a_run(ranks: Ranks) -> None:

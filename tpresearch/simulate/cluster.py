@@ -192,6 +192,18 @@ def parse_cluster(plain: Mapping[str, Any]) -> Cluster:
     if not plain:
         why = "prices need a cluster"
         raise ConfigError("cluster", None, why, "an option of conf/cluster, such as cluster=h100_dgx")
+    stated = _stated(plain)
+    numbers, checked = _numbers(stated.pop("numbers")), tuple(stated.pop("checked"))
+    cluster = Cluster(**stated, numbers=numbers, checked=checked)
+    if (reserved := cluster["memory_reserved_gb"]) >= (memory := cluster["memory_gb"]):
+        key, other = "cluster.numbers.memory_reserved_gb.value", "cluster.numbers.memory_gb.value"
+        why, fix = f"it leaves nothing of {other}={memory:g}", {key: None, other: None}
+        raise ConfigError(key, f"{reserved:g}", why, "less than that", fix=fix)
+    return cluster
+
+
+def _stated(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Its values by key, each checked but for the numbers, and those that it leaves to their defaults."""
     for name, value in plain.items():
         if name not in CLUSTER_KEYS:
             why, legal = "a cluster has no such key", "one of " + ", ".join(nearest(str(name), CLUSTER_KEYS))
@@ -213,24 +225,19 @@ def parse_cluster(plain: Mapping[str, Any]) -> Cluster:
     if per_host % per_node:
         why = f"does not divide cluster.devices_per_host={per_host}"
         raise ConfigError("cluster.devices_per_node", per_node, why, "a divisor, or null for a whole host")
-    given = stated.pop("numbers")
+    return stated
+
+
+def _numbers(given: Mapping[str, Any]) -> dict[str, Number]:
     for name in given:
         if name not in NUMBERS:
             why, legal = "no such number", "one of " + ", ".join(nearest(str(name), NUMBERS))
             raise ConfigError(f"cluster.numbers.{name}", given[name], why, legal)
-    numbers = {
-        name: OPTIONAL_NUMBERS[name]
-        if name in OPTIONAL_NUMBERS and name not in given
-        else _number(name, given.get(name))
+    left_out = OPTIONAL_NUMBERS.keys() - given.keys()
+    return {
+        name: OPTIONAL_NUMBERS[name] if name in left_out else _number(name, given.get(name))
         for name in NUMBERS
     }
-    checked = tuple(stated.pop("checked"))
-    cluster = Cluster(**stated, numbers=numbers, checked=checked)
-    if (reserved := cluster["memory_reserved_gb"]) >= (memory := cluster["memory_gb"]):
-        key, other = "cluster.numbers.memory_reserved_gb.value", "cluster.numbers.memory_gb.value"
-        why, fix = f"it leaves nothing of {other}={memory:g}", {key: None, other: None}
-        raise ConfigError(key, f"{reserved:g}", why, "less than that", fix=fix)
-    return cluster
 
 
 def check_world(cluster: Cluster, world: int) -> None:

@@ -44,7 +44,8 @@ _GEMMS = {
 """Op -> position of the first factor among its arguments."""
 _CONVOLUTIONS = ("convolution", "convolution_backward")
 _BAGS = ("_embedding_bag", "_embedding_bag_forward_only")
-_NAMESPACES = ("aten", "tpresearch", "c10d", "_c10d_functional", "fsdp")
+_COLLECTIVES = ("c10d", "_c10d_functional")
+_NAMESPACES = ("aten", "tpresearch", *_COLLECTIVES, "fsdp")
 
 
 class Recorder(CommunicationLedger):
@@ -173,24 +174,15 @@ class Recorder(CommunicationLedger):
             return
         if name == "to" and {t.untyped_storage() for t in made} <= {t.untyped_storage() for t in given}:
             return  # of a tensor that has that dtype and layout already, as DTensor's loss has
-        kind = "other"
-        shape: tuple[int, ...] = ()
+        if event is None and func.namespace in _COLLECTIVES and name != "wait_tensor":
+            return  # among one rank
+        if name == COMPILED_ADAMW and not args[-1]:
+            name = PLAIN_ADAMW
+        kind, shape = _kind_and_shape(func.namespace, name, args, result)
         element = (given or made)[0].element_size()
-        if event or func.namespace in ("c10d", "_c10d_functional"):
-            kind = "wait" if name == "wait_tensor" else "collective"
-            if kind == "collective" and event is None:
-                return  # among one rank
-        elif name in _GEMMS:
-            first, second = args[_GEMMS[name] : _GEMMS[name] + 2]
-            kind, shape, element = "gemm", _gemm_shape(first, second), first.element_size() // _parts(first)
-        elif name in _CONVOLUTIONS:
-            kind, shape = "convolution", _convolution_shape(args, result, backward=name != "convolution")
-        elif "scaled_dot_product" in name:
-            kind, shape = "attention", _attention_shape(args, backward="backward" in name)
-        elif name.startswith(("_fused_adam", "adamw_")):
-            kind = "optimizer"
-            if name == COMPILED_ADAMW and not args[-1]:
-                name = PLAIN_ADAMW
+        if kind == "gemm":
+            factor = args[_GEMMS[name]]
+            element = factor.element_size() // _parts(factor)
         if self._running is not None:
             for tensor in made:
                 if tensor.shape[-1:] != (1,):  # the scales are kept on CUDA too
@@ -220,6 +212,21 @@ class Recorder(CommunicationLedger):
         if storage not in self._numbers:
             self._numbers[storage] = next(self._next_number)
         return self._numbers[storage]
+
+
+def _kind_and_shape(
+    namespace: str, name: str, args: tuple[Any, ...], result: Any
+) -> tuple[str, tuple[int, ...]]:
+    """An op's kind and shape, as `Op` has them."""
+    if namespace in _COLLECTIVES:
+        return "wait" if name == "wait_tensor" else "collective", ()
+    if name in _GEMMS:
+        return "gemm", _gemm_shape(*args[_GEMMS[name] : _GEMMS[name] + 2])
+    if name in _CONVOLUTIONS:
+        return "convolution", _convolution_shape(args, result, backward=name != "convolution")
+    if "scaled_dot_product" in name:
+        return "attention", _attention_shape(args, backward="backward" in name)
+    return "optimizer" if name.startswith(("_fused_adam", "adamw_")) else "other", ()
 
 
 def _launches(func: Any, name: str) -> bool:

@@ -120,12 +120,11 @@ def train_on(
         mesh = build_mesh(job.sizes, device.type)
         log.info("Device Mesh created: device_mesh=%s", describe_mesh(job.sizes, device.type))
         log_notes(job, corpus, is_new=not found)
-        warn_of_hosts(job)
-        observers = [*build_observers(job, mesh, device, tracker)]  # before the model is sharded
+        observers = build_observers(job, mesh, device, tracker)  # before the model is sharded
         if profiled_steps(job.cfg.profiler):
             where = run.folder / "profiler"
-            observers.append(Profiler(job.cfg.profiler, where, world.rank, device.type == "cuda"))
-        parameters, group = job.parameters, checkpoint_group()
+            watching = [Profiler(job.cfg.profiler, where, world.rank, device.type == "cuda"), *watching]
+        group = checkpoint_group()
         # Those of rank 0: a shared disk may show the others an older state.
         found, *_ = on_all_ranks(lambda: found, group)
         restoring = partial(restore, found, group=group) if found else None
@@ -135,12 +134,7 @@ def train_on(
         if world.rank == 0:
             tell_begun()
         loop.stop = AgreedStop(flag, lambda: loop.saver.written if loop.saver else 0)
-        shown = describe_model(loop.state.model)
-        for note in device_notes(device, job.cfg):
-            log.info(note)
-        log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", shown)
-        if loop.state.step:
-            log_resumption(found, loop.state.step, job)
+        log_model(loop, job, found)
         if tracker:
             tracker.resume_from(loop.state.step)
         with (
@@ -229,12 +223,13 @@ def check_rows(corpus: AnyCorpus, job: Preflight) -> None:
 
 
 def log_notes(job: Preflight, corpus: AnyCorpus, is_new: bool) -> None:
-    """Log, on rank 0, the warnings of preflight, and one if the embedding of a new run's init_from is of other tokens than the rows,
-    such as those of a BPE that was trained on other text."""
+    """Log, on rank 0, the warnings of preflight, one of an axis that crosses hosts although its traffic should not, and one if the
+    embedding of a new run's init_from is of other tokens than the rows, such as those of a BPE that was trained on other text."""
     if job.world.rank:
         return
     for note in job.notes:
         log.warning(note)
+    warn_of_hosts(job)
     cfg = job.cfg
     if cfg.init_from is None or not is_new or isinstance(corpus, SyntheticCorpus):
         return
@@ -244,10 +239,20 @@ def log_notes(job: Preflight, corpus: AnyCorpus, is_new: bool) -> None:
 
 
 def warn_of_hosts(job: Preflight) -> None:
-    """Warn of an axis that crosses hosts although its traffic should not."""
     within = 1
     for axis in reversed(AXES):
         within *= job.sizes[axis.name]
         if not axis.crosses_hosts and job.world.local_size % within:
             size, ranks = job.sizes[axis.name], job.world.local_size
             log.warning("mesh.%s=%d crosses hosts of %d ranks each", axis.name, size, ranks)
+
+
+def log_model(loop: Loop, job: Preflight, found: list[Checkpoint]) -> None:
+    """Log what is sharded and how, what the device does with it, and from where the run resumes."""
+    assert job.device
+    for note in device_notes(job.device, job.cfg):
+        log.info(note)
+    shown = describe_model(loop.state.model)
+    log.info("Model after parallelization (%s parameters) model=%s", f"{job.parameters:,}", shown)
+    if loop.state.step:
+        log_resumption(found, loop.state.step, job)
