@@ -164,6 +164,26 @@ def test_a_folder_of_links_to_folders_is_what_these_hold(
         assert decoded(corpus, "train").startswith(f"{word} story 0")
 
 
+def test_files_that_the_library_puts_in_no_split_are_told(
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "trains"
+    folder.mkdir()
+    for name in ("train-1.jsonl", "2.jsonl", "test.jsonl", "3.jsonl"):
+        (folder / name).write_bytes(lines(*(f"{name} {text}" for text in TEXTS)))
+    data = configure(str(folder), DataSource.hf)
+    meta = prepared(data, bpe).meta
+    assert meta["train"]["documents"] + meta["held_out"]["documents"] == len(TEXTS), (
+        "those of one file of four"
+    )
+    said = f"2 files of {folder} are in no split, such as 2.jsonl: "
+    assert [text for text in caplog.messages if text.startswith(said) and "data=jsonl" in text]
+    caplog.clear()
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: 2.jsonl\n---\n")
+    prepared(data, bpe)  # the files that the card lists
+    assert not [text for text in caplog.messages if "in no split" in text]
+
+
 @pytest.mark.parametrize("name", ["crawl [2024]", "a*", "what?", "a::b"])
 def test_a_folder_that_the_library_takes_for_a_pattern_is_refused(
     tmp_path: Path, configure: Configure, name: str

@@ -107,6 +107,18 @@ def test_training_twice_gives_the_same_tokenizer_in_every_process() -> None:
     assert len(hashes) == 1
 
 
+def test_a_tokenizer_that_drops_merges_at_random_gives_a_text_the_same_tokens_each_time(
+    tmp_path: Path,
+) -> None:
+    trained = train_bpe([HARD * 20], 300)
+    dropping = json.loads(trained.backend.to_str())
+    dropping["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(dropping))
+    loaded = load_hf(str(tmp_path / "tokenizer.json"))
+    for text in [HARD] * 5:
+        np.testing.assert_array_equal(loaded.encode([text])[0], trained.encode([text])[0])
+
+
 def test_the_end_of_text_is_the_one_the_tokenizer_names(tmp_path: Path) -> None:
     words = ["<unk>", "</s>", "<stop>", "a"]
     assert load_hf(str(wordlevel(tmp_path / "common", words))).eos_id == 1

@@ -89,6 +89,27 @@ def check_hub(data: DataConfig) -> None:
         raise missing_field(data.text_field, list(features), data.path)
 
 
+def warn_of_unread_files(data: DataConfig) -> None:
+    """Warn of a local folder's files that the library leaves out, unless the folder's card lists those to read: as soon as a name has
+    the word train in it, files whose names have no split's in them are in none.
+    """
+    folder = local_folder(data)
+    if folder is None or _is_saved(folder) or _lists_files(folder / "README.md"):
+        return
+    splits = _builder(dataclasses.replace(data, path=str(folder))).config.data_files or {}
+    read = {os.path.realpath(file) for files in splits.values() for file in files}
+    kinds = {Path(file).suffix for file in read}
+    visible = [(name, os.path.realpath(path)) for name, path in _visible_files(folder)]
+    if left := [name for name, path in visible if Path(path).suffix in kinds and path not in read]:
+        said = "%d files of %s are in no split, such as %s: the datasets library takes split names from file names; data=%s reads all that a glob matches"
+        kind = OWN_READERS.get(Path(left[0]).suffix, DataSource.text)
+        log.warning(said, len(left), folder, left[0], kind)
+
+
+def _lists_files(card: Path) -> bool:
+    return card.is_file() and re.search(rb"^configs:", card.read_bytes(), re.MULTILINE) is not None
+
+
 def _check_no_pattern(data: DataConfig, folder: Path) -> None:
     """Refuse a folder in whose place the library would read whatever folders its path matches, or none."""
     path = str(folder.resolve())

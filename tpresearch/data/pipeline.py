@@ -25,7 +25,7 @@ from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, To
 from tpresearch.config.world import SINGLE_PROCESS, World
 from tpresearch.data.cache import Meta, build_once
 from tpresearch.data.documents import Document, Parts
-from tpresearch.data.hub import open_hub
+from tpresearch.data.hub import open_hub, warn_of_unread_files
 from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus
 from tpresearch.data.sources import hash_text, open_files
 from tpresearch.data.streams import write_streams
@@ -113,6 +113,8 @@ class _Pipeline:
         tokenizer = self.hf_tokenizer or self._bpe()
         if self.hf_tokenizer:
             self._warn_of_lost_text(self.hf_tokenizer)
+        if self.data.source is DataSource.hf:
+            warn_of_unread_files(self.data)
         with log_stage("tokenizing", self._total_bytes(), self.progress, self.check) as advance:
             counts = write_streams(draft, self._split(), tokenizer, self.data.max_tokens, advance)
         if counts["train"]["tokens"] == 0:

@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ class Tokenizer:
         # Files often carry the truncation and padding of the model they were made for; documents stay whole.
         backend.no_truncation()
         backend.no_padding()
+        if isinstance(backend.model, models.BPE):
+            backend.model.dropout = None  # by which a text has other tokens each time
         backend.encode_special_tokens = True  # "</s>" written in a document is text, not its end
         self.backend, self.eos_id, self.piece_chars = backend, eos_id, piece_chars
         self.size = vocabulary_size(backend)
@@ -173,10 +175,8 @@ def _end_of_text(backend: HfTokenizer, folder: Path, path: str | None) -> int:
     else:
         of_model = (_read_json(folder / name).get("eos_token_id") for name in MODEL_FILES)
         firsts = (ids[0] if isinstance(ids, list) and ids else ids for ids in of_model)
-        found = [i for i in firsts if isinstance(i, int) and i >= 0 and backend.id_to_token(i) is not None][
-            :1
-        ]
-        found = found or [backend.token_to_id(eos) for eos in COMMON_EOS]
+        ids = (i for i in firsts if isinstance(i, int) and i >= 0 and backend.id_to_token(i) is not None)
+        found = [*islice(ids, 1)] or [backend.token_to_id(eos) for eos in COMMON_EOS]
     known = [i for i in found if i is not None]
     if len(known) == 1:
         return known[0]
