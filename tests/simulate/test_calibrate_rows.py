@@ -163,3 +163,13 @@ def test_users_clusters_are_read_with_their_defaults(clusters: Path) -> None:
     assert parse_cluster(mine)["inter_gb_s"] == 25
     with pytest.raises(ConfigError, match=r"^cluster=broken: .*broken.yaml cannot be composed"):
         _base_cluster("broken", "NVIDIA H100 80GB HBM3", 85 * 10**9)
+
+
+def test_a_number_in_a_users_cluster_is_one_as_simulate_reads_it(clusters: Path) -> None:
+    """PyYAML takes 3e3 for text."""
+    text = (clusters / "h100_dgx.yaml").read_text()
+    (clusters / "mine.yaml").write_text(text.replace("{value: 3350,", "{value: 3e3,"))
+    assert parse_cluster(_base_cluster("mine", "NVIDIA H100 80GB HBM3", 0))["bandwidth_gb_s"] == 3000
+    (clusters / "five.yaml").write_text("5\n")
+    with pytest.raises(ConfigError, match=r"^cluster=five: .*five.yaml cannot be composed"):
+        _base_cluster("five", "NVIDIA H100 80GB HBM3", 0)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.composed import config
 
+from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import LoggerConfig
-from tpresearch.config.world import WrongEnvironment
-from tpresearch.track.wandb_host import check_settings
+from tpresearch.config.world import World, WrongEnvironment
+from tpresearch.track.wandb_host import check_settings, check_sweep
+from tpresearch.train.preflight import quick_check
 
 WANDB = {
     "WANDB_PROJECT": "theirs",
@@ -66,6 +69,43 @@ def test_a_variable_that_wandb_would_refuse_is_to_be_unset(name: str, value: str
         check_settings(LoggerConfig(), {"WANDB_PROJECT": "theirs", name: value})
     assert (refused.value.field, refused.value.given) == (name, [name])
     assert refused.value.legal.startswith(legal)
+
+
+def test_a_run_of_a_wandb_sweep_trains_what_that_has_drawn(tmp_path: Path) -> None:
+    """An agent whose command passes nothing on would record what it has drawn beside runs that are all the same."""
+    file = tmp_path / "config-run1.yaml"
+    plain, options = as_dict(config("train.seed=5", "parallel=none")), {"parallel": "none"}
+
+    def check(drawn: str, **typed: str) -> None:
+        file.write_text(f"wandb_version: 1\n\n{drawn}")
+        check_sweep(plain, options, typed, {"WANDB_SWEEP_PARAM_PATH": str(file)})
+
+    check_sweep(plain, options, {}, {"WANDB_SWEEP_PARAM_PATH": str(tmp_path / "gone")})
+    check(
+        "train.seed:\n  value: 5\noptimizer.lr:\n  value: 3e-3\nparallel:\n  value: none\nnote:\n  value: 1\n"
+    )
+    check("parallel:\n  value: fsdp\n", parallel="fsdp")
+    check("train:\n  value:\n    seed: 5\n")
+    for drawn, key, value in (
+        ("optimizer.lr:\n  value: 0.5\n", "optimizer.lr", 0.5),
+        ("parallel:\n  value: fsdp\n", "parallel", "fsdp"),
+        ("train:\n  value:\n    seed: 6\n", "train.seed", 6),
+    ):
+        with pytest.raises(ConfigError, match="^" + key + r"=.*: the W&B sweep has drawn") as refused:
+            check(drawn)
+        assert refused.value.fix == {key: value}
+
+
+def test_what_a_wandb_sweep_has_drawn_is_checked_where_wandb_is_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "drawn.yaml").write_text("wandb_version: 1\n\ntrain.seed:\n  value: 6\n")
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(tmp_path / "drawn.yaml"))
+    cfg = config("train.seed=5", "parallel=none", "logger=wandb")
+    with pytest.raises(ConfigError, match=r"^train\.seed=5: the W&B sweep has drawn 6"):
+        quick_check(cfg, World())
+    cfg.logger.wandb = False
+    quick_check(cfg, World())
 
 
 def test_what_wandb_takes_is_taken() -> None:

@@ -7,13 +7,16 @@ import netrc
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from tpresearch.config.errors import ConfigError
+import yaml
+
+from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.network import is_reachable
 from tpresearch.config.schema import LoggerConfig, WandbMode
 from tpresearch.config.world import WrongEnvironment
+from tpresearch.launch.composition import every_key
 
 if TYPE_CHECKING:
     import wandb
@@ -68,6 +71,38 @@ def _check_variables(given: Mapping[str, str]) -> None:
             said = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
             shown = "..." if "KEY" in name else value
             raise WrongEnvironment(name, shown, "W&B does not accept it", [name], said) from None
+
+
+def check_sweep(
+    config: Mapping[str, Any],
+    options: Mapping[str, str | None],
+    typed: Mapping[str, str],
+    environment: Mapping[str, str] = os.environ,
+) -> None:
+    """Refuse a config that lacks what `wandb agent` has drawn for this run: W&B would record that, and something else would train.
+
+    Args:
+        config: as plain data. options: the option of each config group. typed: overrides by key, which need no check.
+    """
+    path = Path(environment.get("WANDB_SWEEP_PARAM_PATH") or "-")
+    parameters = yaml.safe_load(path.read_bytes()) if path.is_file() else {}
+    drawn = every_key({key: each["value"] for key, each in parameters.items() if isinstance(each, dict)})
+    here = {**every_key(config), **options}
+    for key in (key for key in drawn if key in here and key not in typed):
+        wanted, found = drawn[key], here[key]
+        if isinstance(wanted, dict) or isinstance(found, dict) or _is_same(wanted, found):
+            continue
+        why = f"the W&B sweep has drawn {format_value(wanted)}, which its command does not pass on"
+        legal = "${args_no_hyphens} in the command of the sweep's file, or what was drawn"
+        raise ConfigError(key, found, why, legal, {key: wanted})
+
+
+def _is_same(drawn: object, found: object) -> bool:
+    """Also of `1e-3`, which YAML 1.1 takes for text."""
+    try:
+        return str(drawn) == str(found) or float(str(drawn)) == float(str(found))
+    except ValueError:
+        return False
 
 
 def choose_mode(wanted: WandbMode, settings: wandb.Settings) -> Mode:

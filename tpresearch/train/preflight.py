@@ -34,10 +34,11 @@ from tpresearch.config.validate import (
 from tpresearch.config.values import check_bounds
 from tpresearch.config.world import World
 from tpresearch.data.check import check_data
+from tpresearch.launch.composition import chosen_options
 from tpresearch.launch.hydra_app import typed_overrides
 from tpresearch.track.record import was_begun
 from tpresearch.track.tensorboard import check_tensorboard
-from tpresearch.track.wandb_host import check_settings
+from tpresearch.track.wandb_host import check_settings, check_sweep
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds: most refusals come before
     from torch import nn
@@ -154,6 +155,7 @@ def quick_check(cfg: Config, world: World) -> MeshSizes:
     check_bounds(cfg)
     if cfg.logger.wandb:
         check_settings(cfg.logger)
+        check_sweep(as_dict(cfg), chosen_options(), typed_overrides())
     check_tensorboard(cfg.logger)
     alone = world.size == 1 and not world.elastic
     ranks = ranks_needed(cfg, DEFAULT_PLAN_RANKS) if alone else world.size
