@@ -232,6 +232,7 @@ def regressed(world: World, plan: str) -> tuple[float, float, float, float]:
     wanted.backward()
     norm = torch.stack([p.grad.norm() for p in plain.parameters() if p.grad is not None]).norm()
     result = train_step(job.state, Batch(inputs[of_rank], targets[of_rank]), setup)
+    assert not result.loss.requires_grad, "losses that are kept would keep the graphs of their steps"
     shares = sum_over(job.mesh, result.loss.clone(), DATA_AXES)
     return shares.item(), result.grad_norm.item(), wanted.item(), norm.item()
 

@@ -20,7 +20,7 @@ from tpresearch.config.choices import OptimizerName, ScheduleName
 from tpresearch.config.training import OptimizerConfig, ScheduleConfig
 from tpresearch.train.optim import AdamW, build_optimizer, divide_gradients, learning_rate
 from tpresearch.train.state import TrainState
-from tpresearch.train.step import clip_gradients
+from tpresearch.train.step import clip_gradients, update
 
 
 def rates(name: str, **settings: float) -> list[float]:
@@ -128,6 +128,19 @@ def test_an_update_that_is_left_out_leaves_everything_as_it_was() -> None:
             [weight.detach().clone(), *(state[key].clone() for key in ("exp_avg", "exp_avg_sq", "step"))]
         )
     assert all(torch.equal(a, b) for a, b in zip(*before, strict=True))
+
+
+def test_sgd_leaves_out_the_updates_whose_norm_is_not_finite_and_no_others() -> None:
+    with assembled(
+        config("model=toy_mlp", "parallel=none", "optimizer=sgd", "train.on_nonfinite=skip")
+    ) as loop:
+        state = loop.state
+        weight = next(state.model.parameters())
+        for norm, moves in ((torch.inf, False), (torch.nan, False), (3.0, True)):
+            before, weight.grad = weight.detach().clone(), torch.ones_like(weight)
+            update(state, torch.tensor(norm), loop.setup)
+            assert torch.equal(weight, before) is not moves
+            assert weight.grad is None
 
 
 @pytest.mark.parametrize(

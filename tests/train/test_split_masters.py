@@ -135,8 +135,9 @@ def test_compiled_halves_are_joined_and_split_in_the_updates_one_kernel() -> Non
 
 
 def trained(world: World, words: tuple[str, ...], steps: int = 3) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses, and the whole state; every master is one NaN between steps where it is split."""
+    """Losses, and the whole state; every master is one NaN between steps where it is split, and in the update."""
     with assembled(config(*words), world) as loop:
+        loop.state.optimizer.register_step_post_hook(lambda *_: check_released(loop, SPLIT in words))
         losses = []
         for _ in range(steps):
             losses.append(loop.step().loss.item())
