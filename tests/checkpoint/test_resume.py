@@ -95,8 +95,7 @@ def test_another_experiment_is_refused_with_its_weights_offered(changed: str, sa
     with pytest.raises(ConfigError) as refused:
         check_experiment(checkpoint, config(*STARTED, *changed.split()))
     assert str(refused.value).startswith(said)
-    assert refused.value.fix["init_from"] == checkpoint.folder
-    assert refused.value.fix["resume"] is None
+    assert refused.value.fix == {"init_from": checkpoint.folder, "resume": None, "hydra.run.dir": None}
 
 
 def test_a_setting_that_only_one_of_them_has_is_a_difference() -> None:

@@ -17,6 +17,7 @@ from tpresearch.config.axes import DATA_AXES
 from tpresearch.config.world import World
 from tpresearch.data.batches import Batches, eval_batches
 from tpresearch.parallel.mesh import sum_over
+from tpresearch.train.finite import NonfiniteError
 from tpresearch.train.losses import build_token_loss
 from tpresearch.train.optim import learning_rate
 from tpresearch.verify.ranks import Ranks
@@ -79,14 +80,24 @@ def test_it_trains_as_a_plain_loop_does(ranks: Ranks, kind: type[nn.Module], pla
             torch.testing.assert_close(weights[name], weight, rtol=1e-10, atol=1e-12)
 
 
-def test_held_out_losses_are_added_in_float64() -> None:
+def test_held_out_losses_are_added_in_float64_and_keep_no_graph() -> None:
     cfg = config("model=toy_mlp", "parallel=none", "train.micro_batch_size=1")
-    with assembled(cfg) as loop, torch.no_grad():
+    with assembled(cfg) as loop:
         token_loss, rows = build_token_loss(cfg, loop.setup.plan), corpus().held_out
         shares = [
             token_loss(loop.state.model, row, lambda _: nullcontext()) for row in eval_batches(rows, 99, 1)
         ]
+        records: list[bool] = []
+        loop.state.model.register_forward_pre_hook(lambda *_: records.append(torch.is_grad_enabled()))
         assert loop.evaluate() == sum(share.item() for share in shares) / (len(rows) * SEQ_LEN)
+        assert records == [False] * len(rows)
+
+
+def test_a_loss_that_is_not_finite_ends_a_loop_that_saves_nothing() -> None:
+    with assembled(config("model=toy_mlp", "parallel=none", "train.log_every=2")) as loop:
+        next(loop.state.model.parameters()).detach().fill_(torch.nan)
+        with pytest.raises(NonfiniteError, match="train/loss is not finite at step 1"):
+            next(loop.rows())
 
 
 def test_after_an_evaluation_that_is_interrupted_the_model_trains_on() -> None:
