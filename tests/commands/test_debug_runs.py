@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
-from support.trainings import Start, Trained
+from support.commands import ROOT, environment, execute
+from support.trainings import TRAIN, Start, Trained
 
 pytestmark = pytest.mark.cli
+
+LINUX_ALONE = (
+    "sched_getaffinity sched_setaffinity waitid pidfd_open memfd_create posix_fadvise copy_file_range"
+)
+"""Calls of `os` that macOS lacks (of Python 3.11)."""
 
 
 def debugged(train: Start, tmp_path: Path, small: list[str], *words: str) -> Trained:
@@ -32,3 +40,15 @@ def test_overfit_learns_one_batch_of_what_cannot_be_learned(train: Start, tmp_pa
     first, last = run.column("train/loss")[0], run.column("train/loss")[-1]
     assert first > 5.5  # ln 300 = 5.7, the least that drawn tokens leave to learn
     assert last < 0.5
+
+
+def test_every_part_runs_where_there_is_nothing_that_linux_alone_has(
+    small: list[str], home: Path, tmp_path: Path
+) -> None:
+    removed = f"import os\nfor name in {LINUX_ALONE.split()}:\n    vars(os).pop(name, None)\n"
+    (tmp_path / "sitecustomize.py").write_text(removed)
+    env = environment(home, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    kept = [word for word in small if not word.startswith("train.")]
+    words = ("debug=fast", "parallel=none", "train.global_batch_size=8", f"hydra.run.dir={tmp_path / 'run'}")
+    done = execute([sys.executable, str(TRAIN), *kept, *words], tmp_path, env)
+    assert done.code == 0, done.err

@@ -39,6 +39,10 @@ def raise_on_rank_one(world: World) -> None:
     time.sleep(3600)
 
 
+def sleep_a_while(world: World) -> None:
+    time.sleep(1)
+
+
 def sleep_on_rank_one(world: World) -> None:
     if world.rank == 1:
         time.sleep(3600)
@@ -105,6 +109,7 @@ def test_a_rank_that_fails_is_said_at_once_and_later_jobs_run(
     assert [number for number, _ in ranks.run(2, rank)] == [0, 1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process has computed is read from /proc")
 def test_ranks_that_compute_nothing_have_hung() -> None:
     with pytest.raises(RankError, match=r"ranks \[1\] hung: they have computed nothing for 4 s"):
         Ranks(timeout_s=4).run(2, sleep_on_rank_one)
@@ -113,6 +118,11 @@ def test_ranks_that_compute_nothing_have_hung() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process has computed is read from /proc")
 def test_ranks_that_compute_have_not_hung() -> None:
     assert Ranks(timeout_s=4).run(1, compute_now_and_then, 6) == [None]
+
+
+def test_ranks_have_not_hung_where_nothing_tells_what_they_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tpresearch.verify.ranks.TELLS_PROCESSOR_TIME", False)
+    assert Ranks(timeout_s=0.2).run(1, sleep_a_while) == [None]
 
 
 def threads_after_a_step(world: World, cfg: Config) -> tuple[float, int, int]:

@@ -25,7 +25,7 @@ import yaml
 
 from tpresearch.calibrate.rows import CALIBRATED, Row, cluster_from_rows, measured_number, read_rows
 from tpresearch.config.errors import ConfigError, refuse_unwritable
-from tpresearch.config.world import World
+from tpresearch.config.world import World, usable_cores
 from tpresearch.launch import composition
 from tpresearch.launch.options import command, read_options
 from tpresearch.simulate.cluster import NUMBERS, parse_cluster
@@ -147,7 +147,7 @@ def _cluster_of_cpu(name: str) -> dict[str, Any]:
     from tpresearch.calibrate.cpu import measure_cpu
 
     torch.set_num_threads(1)
-    cores, chip = len(os.sched_getaffinity(0)), _chip()
+    cores, chip = usable_cores(), _chip()
     where = f"{platform.node()}, {chip}"
     return {
         "name": name,

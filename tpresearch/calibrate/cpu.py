@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from tpresearch.calibrate.steps import FULL, TINY, StepTimes, time_steps
-from tpresearch.config.world import World
+from tpresearch.config.world import World, usable_cores
 from tpresearch.ledger.entries import Event
 from tpresearch.parallel.device import CPU
 from tpresearch.parallel.group import process_group
@@ -50,7 +50,7 @@ def measure_cpu() -> dict[str, Any]:
     of_table = flops[torch.bfloat16] / flops[torch.float32] / 1e12
     forward, backward = zip(*(_attention_flops(length, 128) for length in MEASURED_LENGTHS), strict=True)
     narrow = _attention_flops(MEASURED_LENGTHS[1], 16)[1] / backward[1]
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     # No core is idle among so many, as in a training step; how fast idle ones wake up for two varies threefold.
     ranks = max(4, 2 * cores)
     gloo, crowd = (Ranks().run(count, _gloo, step.copies)[0] for count in (2, ranks))

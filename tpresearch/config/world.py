@@ -131,3 +131,9 @@ def _required(given: Mapping[str, str], name: str) -> str:
         other, value = next(iter(given.items()))
         raise WrongEnvironment(other, value, f"{name} is not set beside it", given)
     return given[name]
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: all of the machine where the system binds no process to some, as macOS."""
+    bound_to = getattr(os, "sched_getaffinity", None)
+    return len(bound_to(0)) if bound_to else os.cpu_count() or 1

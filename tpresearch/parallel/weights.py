@@ -6,7 +6,6 @@ import functools
 import hashlib
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from tpresearch.config.world import World
+from tpresearch.config.world import World, usable_cores
 from tpresearch.plan.initializers import ElementwiseInitializer, Initializer, ModuleInitializer
 from tpresearch.plan.parameters import tie, tied_parameters
 
@@ -76,7 +75,7 @@ def from_seed(initializers: Mapping[str, Initializer], seed: int, threads: int |
         whole = functools.lru_cache(maxsize=1)(ModuleInitializer.draw)
         bands: list[Future[None]] = []
         drawn: set[int] = set()
-        cores_per_rank = len(os.sched_getaffinity(0)) // World.from_environment().local_size
+        cores_per_rank = usable_cores() // World.from_environment().local_size
         with ThreadPoolExecutor(threads or max(1, cores_per_rank)) as pool:
             for prefix, module in model.named_modules():
                 for key, parameter in module.named_parameters(recurse=False):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 from typing import NoReturn
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.choices import DataPlan, TensorPlan
 from tpresearch.config.schema import MeshConfig
-from tpresearch.config.world import World
+from tpresearch.config.world import World, usable_cores
 from tpresearch.launch import Run, entrypoint
 from tpresearch.launch.composition import chosen_files, chosen_options
 from tpresearch.launch.garbage import gc_paused
@@ -71,7 +70,7 @@ def main(job: SimulationPreflight, run: Run) -> None:
     cfg, sizes = job.cfg, job.sizes
     cluster = with_own_sources(job.cluster, chosen_files("cluster"), run.command.arguments)
     signal.signal(signal.SIGTERM, _stop)  # else semaphores of its workers would be left, and reported
-    ranking = rank(cfg, sizes.world, cluster, workers=len(os.sched_getaffinity(0)))
+    ranking = rank(cfg, sizes.world, cluster, workers=usable_cores())
     write_json(run.folder / "planner.json", as_json(ranking))
     best = ranking.fits[0] if ranking.fits else None
     typed, options = run.command.arguments, chosen_options()

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from tpresearch.config.errors import JobFailed, refuse_unwritable
 from tpresearch.config.schema import TorchrunConfig
+from tpresearch.config.world import usable_cores
 from tpresearch.launch.claim import lock_folder
 from tpresearch.sweep.job import Job, will_resume
 from tpresearch.sweep.outcome import Outcome, outcome_of
@@ -123,7 +124,7 @@ class TorchrunLauncher(Launcher):
         """The devices that jobs run on, and how to start a job."""
         slots = self._settings.cpu_slots
         if slots is None and all(job.simulates for job in jobs):
-            slots = len(os.sched_getaffinity(0))
+            slots = usable_cores()
         return Devices(gpus, slots), JobProcess
 
     def cancel(self) -> None:

@@ -21,6 +21,8 @@ from tpresearch.launch.progress_bars import keep_bars_in_process
 TIMEOUT_S = 300
 IDLE_S = 0.1
 """Processor time that a stuck rank may still spend polling during a whole timeout."""
+TELLS_PROCESSOR_TIME = Path("/proc/self/stat").exists()
+"""Not on macOS, where ranks are waited for until they end."""
 
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tpresearch.verify.warm"])
@@ -81,7 +83,7 @@ class Ranks:
             now = sum(processor_s(process) for process, _ in ranks)
             if now > computed + IDLE_S:
                 computed, since = now, time.monotonic()
-            elif time.monotonic() - since > self._timeout_s:
+            elif TELLS_PROCESSOR_TIME and time.monotonic() - since > self._timeout_s:
                 stuck = [rank for rank in range(len(ranks)) if rank not in results]
                 raise RankError(f"ranks {stuck} hung: they have computed nothing for {self._timeout_s} s")
         return [results[rank] for rank in range(len(ranks))]
@@ -98,7 +100,7 @@ def _result(rank: int, connections: list[Connection]) -> Any:
 
 
 def processor_s(process: BaseProcess) -> float:
-    """Processor time of its main thread (gloo's threads poll for ever); 0 where there is no /proc."""
+    """Processor time of its main thread (gloo's threads poll for ever); 0 of one that has ended."""
     try:
         fields = Path(f"/proc/{process.pid}/task/{process.pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
