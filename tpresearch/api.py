@@ -69,7 +69,7 @@ def load(*overrides: str, config_name: str = "train") -> Config:
         with own_hydra():
             composition.refuse_unusable()
             with explain_errors(composition), initialize_conf():
-                return not_resuming(typed_config(compose(config_name, composition.overrides)))
+                return not_resuming(typed_config(compose(config_name, composition.overrides, True)))
     except ConfigError as error:
         raise error from None  # its sentence says what Hydra's traceback does
 

@@ -13,7 +13,7 @@ from support.launches import PROGRAM, Command
 from tpresearch import load
 from tpresearch.config import ConfigError
 from tpresearch.config.world import World
-from tpresearch.launch.composition import Composition
+from tpresearch.launch.composition import Composition, conf_dir
 from tpresearch.launch.refuse import refuse
 
 pytestmark = pytest.mark.cli
@@ -278,6 +278,30 @@ def test_a_file_that_has_itself_among_its_defaults_is_named(warm_python: Command
     assert done.err.startswith(
         "error: optimizer=mine: the defaults of one of its files lead back to itself; "
     )
+
+
+def test_a_file_that_is_not_read_since_another_has_its_name_is_named(
+    warm_python: Command, tmp_path: Path
+) -> None:
+    """Hydra looks in the folder of train.yaml first: a copy that was changed would change nothing."""
+    mine, typed = tmp_path / "mine", ("model=llama2_debug", "parallel=none")
+    for name in ("model/llama2_debug", "plan/llama2"):
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        (mine / f"{name}.yaml").write_bytes((conf_dir() / f"{name}.yaml").read_bytes())
+    searched = f"hydra.searchpath=[file://{mine}]"
+    assert warm_python(*typed, searched).code == 0, "what is the same is read in either place"
+    for name in ("plan/llama2", "model/llama2_debug"):  # the model's file has the other in its defaults
+        path = mine / f"{name}.yaml"
+        path.write_text(f"{path.read_text()}# mine\n")
+        said = f"{mine}: its {name}.yaml is not read, since {conf_dir() / name}.yaml has that name and comes first; "
+        by_path, by_flag = (warm_python(*typed, *words) for words in ([searched], ["--config-dir", "mine"]))
+        assert by_path.refusal.startswith(f"error: hydra.searchpath={said}")
+        assert by_flag.refusal.startswith(f"error: --config-dir={said}")
+        for done in (by_path, by_flag):
+            assert done.err.endswith(".py model=llama2_debug parallel=none\n")
+        with pytest.raises(ConfigError, match=r"^hydra\.searchpath="):
+            load(*typed, searched)
+    assert warm_python("model=toy_mlp", "parallel=none", searched).code == 0, "of files that nobody chose"
 
 
 def test_the_command_to_try_is_the_one_that_was_typed(python_module: Command) -> None:

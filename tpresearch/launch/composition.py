@@ -29,11 +29,10 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import ComposedConfig, Config
 from tpresearch.config.values import declared
 from tpresearch.launch.command import is_within, override_key, quote, values_by_key
+from tpresearch.launch.search_path import FILE, refuse_search_path, refuse_unread_files
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OverflowError)
 """What composing raises for a config file or an override that is wrong."""
-FILE = "file://"
-"""Before a folder of a search path."""
 VERSION_BASE = "1.3"
 """The version of Hydra whose defaults hold."""
 
@@ -138,7 +137,7 @@ class Composition:
         if key := next((override_key(typed) for typed in self.overrides if typed.endswith("=???")), None):
             raise ConfigError(key, "???", "it must be set", f"{key}=VALUE", fix={key: "VALUE"})
         if typed := self.typed.get("hydra.searchpath"):
-            _refuse_search_path(typed)
+            refuse_search_path(typed)
         for key, typed in self.typed.items():
             if key in text_keys():
                 _refuse_changed_text(key, typed)
@@ -201,18 +200,6 @@ class Composition:
         return [*typed, *(word for word in overrides if override_key(word) != "hydra.searchpath")]
 
 
-def _refuse_search_path(typed: str) -> None:
-    key, legal = "hydra.searchpath", "folders of config files, such as [file://mine/conf]"
-    with suppress(HydraException):  # which is said where it is composed
-        places = OverridesParser.create().parse_override(f"{key}={typed}").value()
-        if isinstance(places, str):
-            raise ConfigError(key, places, "no list", legal, fix={key: f"[{places}]"})
-        for place in places if isinstance(places, list) else []:
-            folder = str(place).removeprefix(FILE)
-            if "://" not in folder and not Path(folder).is_dir():
-                raise ConfigError(key, place, "no such folder", legal, fix={key: "VALUE"})
-
-
 def _refuse_changed_text(key: str, typed: str) -> None:
     """Refuse `logger.name=1e5`, which would become 100000.0, and such an item of a list or of a sweep."""
     with suppress(HydraException):  # which is said where it is composed
@@ -249,6 +236,7 @@ def typed_config(config: DictConfig) -> Config:
     cfg = to_config(composed)
     if hydra is not None:
         _check_plan_name(cfg, hydra.runtime.choices.get("parallel"))
+        refuse_unread_files(hydra.runtime)
         if hydra.job.chdir:
             resolve_paths(cfg)
     return cfg

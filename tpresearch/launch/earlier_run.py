@@ -20,7 +20,7 @@ from tpresearch.checkpoint.resume import AUTO, NEVER, check_started, find_checkp
 from tpresearch.config.compose import FOLDERS, PATHS
 from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.launch.command import is_within, override, override_key, values_by_key
-from tpresearch.launch.composition import FILE
+from tpresearch.launch.search_path import FILE
 
 REPLACED_KEYS = {"parallel": ("parallel", "mesh")}
 """Overrides that a new one replaces: choosing a plan drops the earlier plan's settings and mesh sizes."""
