@@ -9,8 +9,10 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from submitit.helpers import DelayedSubmission
 from support import fake_slurm
 from support.commands import Done
 from support.processes import wait_for
@@ -67,17 +69,25 @@ def test_jobs_of_a_shape_are_one_array_with_an_agent_a_node(sweep: Sweep, tmp_pa
     assert (tmp_path / "sweep/0/console-node1.log").exists()
 
 
-def test_what_sbatch_refuses_is_said_and_what_it_had_taken_is_withdrawn(sweep: Sweep, tmp_path: Path) -> None:
+def test_nodes_are_asked_for_what_ranks_need_and_after_a_refusal_all_is_withdrawn(
+    sweep: Sweep, tmp_path: Path
+) -> None:
     slurm = fake_slurm.install(tmp_path / "slurm")
-    typed = ["parallel=none,tp", "world_size=2", *ONE_PER_NODE]
-    done, _ = sweep(*typed, **slurm, FAKE_SLURM_NODES="1")
+    needs = {"ranks_per_node": 2, "cpus_per_slot": 3, "mem_gb": 5, "account": "ours", "qos": "high"}
+    typed = [f"hydra.launcher.{key}={value}" for key, value in (needs | {"constraint": "fast"}).items()]
+    done, _ = sweep("parallel=fsdp", "world_size=2,4", *typed, **slurm, FAKE_SLURM_NODES="1")
     assert done.code == 2
     said = "error: hydra/launcher=slurm: sbatch refuses 2 nodes: sbatch: error: Node co"
     assert done.refusal.startswith(said)
     assert (tmp_path / "slurm/41.state").read_text() == "CANCELLED"
     of_one_job = (tmp_path / "slurm/41.sh").read_text()
-    assert "#SBATCH --nodes=1" in of_one_job
+    asked = "nodes=1", "gpus-per-node=2", "cpus-per-task=6", "mem=5GB", "account=ours", "qos=high"
+    asked += ("constraint=fast", "job-name=tpresearch", "signal=USR2@180")
+    assert {f"#SBATCH --{each}" for each in asked} <= {*of_one_job.splitlines()}
     assert "--array" not in of_one_job
+    (file,) = (tmp_path / "sweep/slurm/41").glob("*.pkl")
+    agent: Any = DelayedSubmission.load(file).function
+    assert (agent.ranks_per_node, agent.threads) == (2, 3)
     assert not (tmp_path / "slurm/42.state").exists()
 
 
