@@ -113,10 +113,9 @@ def main() -> None:
             part = replace(stage, until=time.monotonic() + share * stage.left())
             made = makers(job_of(mode, stage), corpus, weights, Path(scratch))
             if mode == "eager":
-                wide = makers(
-                    job_of(mode, stage, f"train.loss_chunk={WIDE_CHUNK}"), corpus, weights, Path(scratch)
-                )
-                made[f"ours, chunks of {WIDE_CHUNK} tokens"] = wide["ours"]
+                wide = job_of(mode, stage, f"train.loss_chunk={WIDE_CHUNK}"), corpus, weights, Path(scratch)
+                made[f"ours, chunks of {WIDE_CHUNK} tokens"] = makers(*wide)["ours"]
+                del wide
             compare(part, mode, made, tokens_per_step(first.cfg))
             del made  # with our model
             release(stage)

@@ -1,49 +1,24 @@
-"""No step makes the host wait for the device: whole steps on fake tensors, of which nothing can be read."""
+"""No step makes the host wait for the device: whole steps on fake tensors, of which nothing can be read; and on a device of their
+own, to and from which nothing is copied.
+"""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
-import torch
+from support.card import Case
 from support.composed import config, in_two_parts
-from support.counted_steps import FAKE, PLANS
+from support.counted_steps import PLANS
+from support.fake_steps import two_steps
 from support.marks import exhaustive
 from support.nets import Unused, model
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-
-from tpresearch.config import Config
-from tpresearch.config.world import World
-from tpresearch.data.batches import Batch
-from tpresearch.parallel.apply import parallelize
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
-from tpresearch.parallel.weights import materialize
-from tpresearch.train.assemble import build_state
-from tpresearch.train.finite import FiniteCheck
-from tpresearch.train.losses import build_objective
-from tpresearch.train.observe import Observers
-from tpresearch.train.preflight import preflight
-from tpresearch.train.step import Setup, train_step
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 EVERY_DAY = {"none", "sp", "hsdp_tp"}
-
-
-def two_steps(cfg: Config, world: int) -> None:
-    """On rank 0, forward to update: an `.item()`, a `.tolist()` or a branch on a value raises."""
-    here = World(size=world, local_size=world)
-    job = preflight(cfg, here)
-    rows = cfg.train.global_batch_size // job.sizes.dp
-    with process_group(FAKE, here):
-        mesh = build_mesh(job.sizes, "cpu")
-        model = parallelize(job.model, job.plan, cfg.parallel, mesh, cfg.train.dtype)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            materialize(model, FAKE.torch, lambda _: None)
-            state = build_state(model, cfg, job.plan, mesh)
-            setup = Setup(cfg, job.plan, mesh, FAKE, build_objective(cfg, job.plan), Observers())
-            finite = FiniteCheck(FAKE.torch)
-            for _ in range(2):
-                batch = Batch.of(torch.empty((rows, cfg.data.seq_len + 1), dtype=torch.int64))
-                result = train_step(state, batch, setup)
-                finite.record(state.step, result)
 
 
 @pytest.mark.parametrize(("plan", "world"), [p if p[0] in EVERY_DAY else exhaustive(*p) for p in PLANS])
@@ -78,6 +53,32 @@ def test_nor_do_gradients_that_matmuls_add_up(overrides: list[str]) -> None:
 
 def test_nor_does_a_weight_that_no_replica_has_a_gradient_of() -> None:
     two_steps(config(*model(Unused), "parallel=ddp"), 2)
+
+
+SKIPS, SELECTIVE = "train.on_nonfinite=skip", "parallel.activation_checkpointing=selective"
+FUSED = ["parallel.gradient_accumulation_fusion=true", "train.micro_batch_size=4"]
+SPLIT, NARROW = "optimizer.split_masters=true", "optimizer.moment_dtype=bfloat16"
+CASES: list[Case] = [
+    ("none", 1, [SKIPS, SELECTIVE, SPLIT, *FUSED]),
+    ("fsdp_tp", 4, [SKIPS, SELECTIVE]),
+    ("sp", 4, ["optimizer=sgd", "train.loss_chunk=null"]),
+]
+OTHERS: list[Case] = [
+    ("none", 1, ["train.weights=bfloat16", *FUSED]),
+    ("ddp", 4, [SKIPS, NARROW]),
+    ("tp", 4, [SKIPS, "parallel.loss_parallel=false"]),
+    ("tp", 4, [SELECTIVE, "train.float8=tensorwise", "train.float8_emulated=true"]),
+    ("sp", 4, [SPLIT, NARROW, "parallel.activation_checkpointing=full"]),
+    ("hsdp", 4, [SKIPS]),
+    ("hsdp_tp", 8, [SKIPS]),
+]
+
+
+@pytest.mark.parametrize("cases", [CASES, exhaustive(OTHERS)])
+def test_all_that_a_step_makes_is_on_the_device(cases: list[Case]) -> None:
+    command = [sys.executable, "-m", "support.card", json.dumps(cases)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_wait_would_be_seen() -> None:
