@@ -7,7 +7,16 @@ import torch
 import torch.distributed as dist
 from support.composed import config
 from support.counted_steps import FAKE, PLANS, counted_step, on_ranks
-from support.nets import Frozen, FrozenBlock, Positions, Recurrent, model
+from support.nets import (
+    Frozen,
+    FrozenBlock,
+    NotReentrant,
+    OwnCheckpoints,
+    Positions,
+    Recurrent,
+    Routed,
+    model,
+)
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.validate import validate
@@ -82,6 +91,10 @@ def test_no_formula_is_claimed_of_a_block_that_sends_each_time_it_runs(plan: str
         ["model=llama2_debug", "parallel=sp", "model.plans.sp.attn_in.dst=[shard:1,null]"],
         [*model(FrozenBlock), "parallel=fsdp"],
         [*model(Frozen), "parallel=tp"],
+        [*model(OwnCheckpoints), "parallel=tp"],
+        [*model(NotReentrant), "parallel=tp"],
+        [*model(Routed), "parallel=tp"],
+        [*model(Routed), "parallel=fsdp"],
     ],
     ids=lambda overrides: " ".join(overrides[1:]),
 )

@@ -10,11 +10,22 @@ import pytest
 from support.assembled import assembled, planned, ranks_of_a_host, refusal
 from support.composed import config
 from support.counted_steps import FAKE
-from support.nets import AddsInPlace, AfterBlocks, Forced, ReadApart, model
+from support.nets import (
+    AddsInPlace,
+    AfterBlocks,
+    Forced,
+    NotReentrant,
+    OwnCheckpoints,
+    ReadApart,
+    RecurrentInCheckpoints,
+    TiedInCheckpoints,
+    model,
+)
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
 
+from tpresearch.config import ConfigError
 from tpresearch.ledger.communication import CommunicationLedger
 from tpresearch.train.loop import Loop
 
@@ -156,3 +167,30 @@ def test_a_forward_that_takes_a_gradient_through_a_unit_is_refused() -> None:
     assert "it takes a gradient through mlp in its forward" in str(error)
     for fits in (("parallel=ddp",), ("parallel=fsdp", "model.blocks=[]")):
         planned(*model(Forced), *fits, world=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan", "refused"),
+    [
+        (RecurrentInCheckpoints, "ddp", "mlp."),
+        (RecurrentInCheckpoints, "fsdp", "mlp."),
+        (RecurrentInCheckpoints, "none", None),
+        (TiedInCheckpoints, "ddp", "embed.weight"),
+        (TiedInCheckpoints, "fsdp", None),  # summed once, at the end
+        (OwnCheckpoints, "ddp", None),
+        (OwnCheckpoints, "fsdp", None),  # a norm that is gathered with the block before it is not whole there
+        (NotReentrant, "fsdp", None),
+    ],
+)
+def test_a_gradient_in_several_parts_of_which_ranks_would_sum_the_first_is_refused(
+    kind: type[nn.Module], plan: str, refused: str | None
+) -> None:
+    cfg = config(*model(kind), f"parallel={plan}", "model.blocks=[mlp]")
+    with assembled(cfg, ranks_of_a_host(1 if plan == "none" else 2), FAKE) as loop:
+        if refused is None:
+            loop.step()
+            return
+        with pytest.raises(ConfigError) as caught:
+            loop.step()
+    assert str(caught.value).startswith(f"model={refused}")
+    assert "its gradient comes in several parts" in str(caught.value)

@@ -15,6 +15,7 @@ from support.assembled import planned, refusal
 from support.composed import config
 from support.nets import Routed, model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tpresearch import compile_plan
 from tpresearch.config import ConfigError
@@ -382,9 +383,11 @@ class OneKeyForAll(ToyLM):
         self.key = nn.Linear(dim, 4)
 
     def forward(self, tokens: Tensor, head: object = None) -> Tensor:
-        x = self.embed(tokens)
+        return self.output(self.attended(self.embed(tokens)))
+
+    def attended(self, x: Tensor) -> Tensor:
         q, k = heads(self.mlp.in_proj(x)), self.key(x).unsqueeze(1)
-        return self.output(self.mlp.out_proj(attend(q, k, k)))
+        return self.mlp.out_proj(attend(q, k, k))
 
 
 class Scaled(ToyLM):
@@ -436,6 +439,25 @@ def test_what_is_whole_and_meets_a_shard_has_a_partial_gradient() -> None:
     error = refusal(*model(Shifted), "parallel=tp")
     assert "a parameter of mlp.relu is whole on each rank and meets the size of a shard" in str(error)
     planned(*model(Shifted), "parallel=tp", f"{key}={rule}")
+
+
+class KeptShort(OneKeyForAll):
+    """The same, in a checkpoint of its own."""
+
+    def attended(self, x: Tensor) -> Tensor:
+        return checkpoint(super().attended, x, use_reentrant=True)
+
+
+class WithoutGradient(ToyLM):
+    """In a checkpoint that would need an input with a gradient."""
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        return checkpoint(super().forward, tokens, use_reentrant=True)
+
+
+def test_what_runs_in_a_reentrant_checkpoint_is_checked_as_elsewhere() -> None:
+    assert "what key has given is whole on each rank" in str(refusal(*model(KeptShort), "parallel=tp"))
+    assert "no gradient flows back" in str(refusal(*model(WithoutGradient), "parallel=none"))
 
 
 class Skipping(ToyLM):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.utils.checkpoint import checkpoint
 
 from tpresearch.models import Head
 from tpresearch.models.toy_mlp import ToyLM, ToyMLP
@@ -32,6 +33,38 @@ class Recurrent(ToyLM):
         for block in self.deeper:
             hidden = hidden + block(hidden)
         return head(self.output, hidden) if head else self.output(hidden)
+
+
+class OwnCheckpoints(ToyLM):
+    """Whose norm and output layer run in a checkpoint of the model's own."""
+
+    reentrant = True
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        hidden = self.mlp(self.embed(tokens))
+        return checkpoint(lambda x: self.output(self.norm(x)), hidden, use_reentrant=self.reentrant)
+
+
+class NotReentrant(OwnCheckpoints):
+    reentrant = False
+
+
+class TiedInCheckpoints(OwnCheckpoints):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.output.weight = self.embed.weight
+
+
+class RecurrentInCheckpoints(Recurrent):
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        hidden = self.embed(tokens)
+        for block in (self.mlp, *self.deeper):
+            hidden = hidden + checkpoint(block, hidden, use_reentrant=True)
+        return self.output(hidden)
 
 
 class Frozen(ToyLM):

@@ -40,10 +40,11 @@ def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] |
     """The ledger of rank 0 for one step, or None if no formula is known.
 
     There is none for frozen parameters in a block or under a rule, which may leave out more than their own gradient, nor for
-    layers that run more than once on the same rows, as those of a recurrent depth do.
+    layers that run more than once on the same rows, as those of a recurrent depth do, or on some of them, as experts.
     Under a tensor plan there is none for full checkpointing, whose recomputation sends again what its early stop does
-    not cut off, nor for a budget, for float8, whose scales are agreed on, for a rule with a ParallelStyle of the user's
-    own, and where a rule does not determine the width of what it sends, or converts inputs of several lengths.
+    not cut off, nor for a budget, for layers in checkpoints of the model's own, for float8, whose scales are agreed on, for a rule
+    with a ParallelStyle of the user's own, and where a rule does not determine the width of what it sends, or converts inputs of
+    several lengths.
 
     Args:
         model: on the meta device, whole.
@@ -51,13 +52,15 @@ def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] |
     sends_again = cfg.parallel.activation_checkpointing in (Checkpointing.full, Checkpointing.budget)
     if plan.rules and (sends_again or plan.float8):
         return None
+    if not plan.probe.recomputed.isdisjoint(plan.rules):
+        return None
     if any(rule.rule.target for rule in plan.rules.values()):
         return None
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     if any(name.rpartition(".")[0] in plan.rules or unit_of(name, plan.blocks) for name in frozen):
         return None
     gathered = (*plan.blocks, *plan.end_layers) if plan.sizes.shards > 1 else ()
-    if any(plan.probe.called.count(name) > 1 for name in (*plan.rules, *gathered)):
+    if any(plan.probe.called.count(name) != 1 for name in (*plan.rules, *gathered)):
         return None
     if any(sent.width == 0 for name in plan.rules for sent in rule_collectives(name, model, plan)):
         return None

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._pytree import tree_map_only
 
 from tpresearch.config.axes import LAYER_AXES, TENSOR
-from tpresearch.config.errors import ConfigError, first_line
+from tpresearch.config.errors import ConfigError, WrongModel, first_line
 from tpresearch.config.schema import Checkpointing, Dtype, FsdpConfig, ParallelConfig
 from tpresearch.config.validate import uses_fully_shard
 from tpresearch.parallel.mesh import data_mesh
@@ -237,6 +237,23 @@ def reshard(model: nn.Module) -> None:
             state._post_forward(cast(nn.Module, module), (), None)
         module.reshard()
         state._comm_ctx.post_forward_order.clear()
+
+
+def check_summed(model: nn.Module) -> None:
+    """Refuse a backward that has left gradients on this rank after `fully_shard` summed those of their unit (private; read in torch
+    2.11 to 2.14)."""
+    for module in fsdp_modules(model):
+        group = module._get_fsdp_state()._fsdp_param_group
+        for held in group.fsdp_params if group else ():
+            left = getattr(held, "_unsharded_param", None)
+            if left is not None and left.grad is not None:
+                raise in_several_parts(str(held._param_fqn))
+
+
+def in_several_parts(parameter: str) -> WrongModel:
+    """For a gradient that goes on after ranks have begun to sum it."""
+    why = "its gradient comes in several parts, as where torch.utils.checkpoint, whose default is use_reentrant=True, calls a layer more than once, and ranks sum the first alone"
+    return WrongModel(parameter, why, "use_reentrant=False, which computes the same")
 
 
 def enable_async_tp(tp_mesh: DeviceMesh) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from tpresearch.config.axes import REPLICATE
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import uses_fully_shard
-from tpresearch.parallel.apply import reduce_dtype
+from tpresearch.parallel.apply import in_several_parts, reduce_dtype
 from tpresearch.parallel.weights import local_part
 from tpresearch.plan.compiler import Plan
 
@@ -30,23 +30,25 @@ class GradientBucket:
     remain only where every replica has added them, and then there is none.
 
     Args:
-        trained: the parameters that have the gradients. dtype: in which they are summed; None for their own.
+        trained: the parameters that have the gradients, by the names of the model's parameters. dtype: in which they are summed; None
+            for their own.
         may_branch: whether one may have a gradient on some replicas alone, for which the host waits for the sum.
     """
 
     def __init__(
         self,
-        trained: list[nn.Parameter],
+        trained: dict[str, nn.Parameter],
         group: dist.ProcessGroup,
         dtype: torch.dtype | None,
         may_branch: bool,
     ) -> None:
-        self._trained, self._group, self._dtype, self._may_branch = trained, group, dtype, may_branch
-        self._shapes = [local_part(parameter).shape for parameter in trained]
+        self._trained, self._names = [*trained.values()], frozenset(trained)
+        self._group, self._dtype, self._may_branch = group, dtype, may_branch
+        self._shapes = [local_part(parameter).shape for parameter in self._trained]
         self._lacking: set[nn.Parameter] = set()
         self._sum: tuple[Tensor, dist.Work] | None = None
-        self.pending = len(trained)
-        """How many of its gradients are not ready yet."""
+        self.pending = set(self._names)
+        """Those whose gradients are not ready yet."""
 
     def start_all_reduce(self) -> None:
         """Move the gradients into the one tensor that is summed."""
@@ -72,7 +74,7 @@ class GradientBucket:
 
     def forget(self) -> None:
         """Begin anew, whatever has been started."""
-        self._sum, self.pending = None, len(self._trained)
+        self._sum, self.pending = None, set(self._names)
 
 
 def is_no_gradient(part: Tensor) -> bool:
@@ -125,23 +127,27 @@ class GradientReducer:
     ) -> None:
         self.is_last_backward = True
         """Whether the next backward is the last one before the sum."""
-        members: dict[str | None, list[tuple[nn.Parameter, nn.Parameter]]] = {}
+        members: dict[str | None, dict[str, nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                members.setdefault(bucket_of(name), []).append((parameter, trained[name]))
+                members.setdefault(bucket_of(name), {})[name] = parameter
         self._buckets: list[GradientBucket] = []
         """In the order in which they are summed, which is the same on every replica whatever its rows lead to: backward comes to
         a unit before it comes to those registered earlier."""
         self._started = 0
-        for pairs in reversed(members.values()):
-            bucket = GradientBucket([having for _, having in pairs], group, dtype, may_branch)
+        for of_bucket in reversed(members.values()):
+            bucket = GradientBucket({name: trained[name] for name in of_bucket}, group, dtype, may_branch)
             self._buckets.append(bucket)
-            for parameter, _ in pairs:  # after the hook of MasterWeights, if there is one
-                parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, bucket))
+            for name, parameter in of_bucket.items():  # after the hook of MasterWeights, if there is one
+                parameter.register_post_accumulate_grad_hook(
+                    functools.partial(self._on_gradient, bucket, name)
+                )
 
-    def _on_gradient(self, bucket: GradientBucket, _: Tensor) -> None:
+    def _on_gradient(self, bucket: GradientBucket, name: str, _: Tensor) -> None:
         if self.is_last_backward:
-            bucket.pending -= 1
+            if name not in bucket.pending:
+                raise in_several_parts(name)
+            bucket.pending.remove(name)
             while self._started < len(self._buckets) and not self._buckets[self._started].pending:
                 self._start_next()
 

@@ -183,6 +183,9 @@ def _after_blocks(model: nn.Module, blocks: list[str], end_layers: list[str], pr
     for name, module in _separable(model, probe):
         has_own = any(True for _ in module.parameters(recurse=False))
         is_free = unit_of(f"{name}.", (*blocks, *end_layers, *found)) is None
+        is_free &= (
+            name not in probe.recomputed
+        )  # whose backward would be over before the block's, and free its weights
         if has_own and is_free and later[name] == probe.called.count(name) == 1:
             found.append(name)
     return found

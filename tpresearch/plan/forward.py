@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tpresearch.plan.compiler import Plan
-from tpresearch.plan.meta import same_draws
+from tpresearch.plan.meta import same_draws, seen_checkpoints
 from tpresearch.plan.parts import COPIES, is_pointwise, name_of
 from tpresearch.plan.rules import ResolvedRule
 
@@ -101,7 +101,7 @@ class Forward(TorchDispatchMode):
             block.forward = partial(self._run_block, _kind(name, block, plan), block.forward)
 
     def run(self, inputs: Tensor) -> Any:
-        with torch.device("meta"), same_draws(), self, _FromNumbers(self._made):
+        with torch.device("meta"), same_draws(), seen_checkpoints(), self, _FromNumbers(self._made):
             return self.model(inputs)
 
     def _made(self, numbers: list[float], output: Tensor) -> None:

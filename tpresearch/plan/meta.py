@@ -9,9 +9,11 @@ import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils.parametrize import is_parametrized
@@ -87,6 +89,31 @@ def same_draws() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+@contextmanager
+def seen_checkpoints() -> Iterator[list[Any]]:
+    """Context in which a model's own checkpoints call their functions as they are: a reentrant one, torch's default, would hide which
+    tensors have a gradient (private; read in torch 2.11 to 2.14). Yields the functions that run."""
+    running, module = list[Any](), torch.utils.checkpoint
+
+    def direct(function: Any, _: bool, *args: Any) -> Any:
+        running.append(function)
+        follows = any(isinstance(x, Tensor) and x.requires_grad for x in args)
+        with torch.set_grad_enabled(follows and torch.is_grad_enabled()):
+            output = function(*args)
+        running.pop()
+        return output
+
+    def watched(function: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        running.append(function)
+        yield
+        running.pop()
+
+    other = "_checkpoint_without_reentrant_generator"
+    other += "_impl" * hasattr(module, f"{other}_impl")  # since 2.14
+    with patch.object(module.CheckpointFunction, "apply", direct), patch.object(module, other, watched):
+        yield running
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from tpresearch.config.errors import WrongModel
 from tpresearch.config.schema import Config
 from tpresearch.plan.compatible import TableTooShort, incompatible, leaves_between
-from tpresearch.plan.meta import buffer_versions, changed_buffers, numbers_of, same_draws
+from tpresearch.plan.meta import buffer_versions, changed_buffers, numbers_of, same_draws, seen_checkpoints
 
 Shapes = tuple[torch.Size | None, ...]
 PYTHON = "python"
@@ -69,6 +69,8 @@ class Probe:
     """By the first name of each weight that multiplies, as a parameter: FLOPs of forward and backward per token of the batch."""
     changed_outputs: set[str] = field(default_factory=set)
     """Modules that return a view, which is changed in place afterwards."""
+    recomputed: set[str] = field(default_factory=set)
+    """Modules that are called in a checkpoint of the model's own."""
     ops: int = 0
     """Number of ops that it ran."""
 
@@ -141,6 +143,7 @@ class _ProbeMode(TorchDispatchMode):
                 stack.enter_context(module.register_forward_hook(partial(self._after_forward, name)))
             stack.enter_context(self)
             stack.enter_context(_CallMode(self))
+            self._checkpoints = stack.enter_context(seen_checkpoints())
             yield
 
     def _before_forward(self, name: str, module: nn.Module, args: tuple[object, ...]) -> None:
@@ -148,6 +151,7 @@ class _ProbeMode(TorchDispatchMode):
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         self.running.append(name)
         self._found.called.append(name)
+        self._found.recomputed.update([name] if self._checkpoints else [])
         if not any(tensor.requires_grad for tensor in tensors):
             self._found.no_input_grad.add(name)
 

@@ -17,6 +17,7 @@ from tpresearch.config.choices import OnNonfinite
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size, tokens_per_step, total_steps
 from tpresearch.data.batches import Batch
+from tpresearch.parallel.apply import check_summed
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.mesh import sum_coalesced
 from tpresearch.parallel.norm import global_norm
@@ -129,6 +130,7 @@ def accumulate_gradients(state: TrainState, micro_batches: list[Batch], setup: S
     if state.reducer:
         with phase("backward"):
             state.reducer.finish()
+    check_summed(model)
     return share
 
 
