@@ -284,6 +284,11 @@ def test_a_file_that_has_changed_is_not_loaded_nor_tensors_of_another_shape(
         ConfigError, match=r"can be loaded; step-00000001: __0_0\.distcp is not as it was writt"
     ):
         alone(cfg, 0, saved)
+    said = (
+        rf"^init_from={saved}: step-00000001 cannot be read: __0_0\.distcp is not as it was written; another"
+    )
+    with pytest.raises(ConfigError, match=said):
+        alone(config("parallel=none", "model=toy_mlp", f"init_from={saved}"), 0)
 
 
 def test_what_a_checkpoint_lacks_is_absent_whatever_was_read_of_a_damaged_one_before() -> None:
@@ -305,6 +310,13 @@ def test_metadata_that_is_damaged_or_would_run_code_is_refused(tmp_path: Path) -
     alone(config("parallel=none", "model=toy_mlp"), 1, run=tmp_path, at=1)
     saved, own = read_checkpoint(folder_of(tmp_path, 1)), "torch.distributed.checkpoint.metadata"
     metadata = saved.folder / ".metadata"
+    sealed = replace(saved.manifest, files={".metadata": saved.manifest.files[".metadata"]})
+    with pytest.raises(BrokenCheckpoint, match=r"names __0_0\.distcp, which is not a file of this checkp"):
+        tensors_of(replace(saved, manifest=sealed))
+    metadata.write_bytes(pickle.dumps(["model.embed.weight"]))
+    sealed = replace(saved.manifest, files={".metadata": sync_and_checksum(metadata)})
+    with pytest.raises(BrokenCheckpoint, match=r"\.metadata describes no tensors"):
+        tensors_of(replace(saved, manifest=sealed))
     for module, name in (
         *(("builtins", "eval"), ("os", "system"), ("torch", "load"), ("pathlib", "Path.touch")),
         *((own, "os"), (own, "os.system"), (own, "Metadata.__init__")),
