@@ -69,6 +69,27 @@ def test_jobs_of_a_shape_are_one_array_with_an_agent_a_node(sweep: Sweep, tmp_pa
     assert (tmp_path / "sweep/0/console-node1.log").exists()
 
 
+def test_a_sweep_that_is_started_in_a_job_passes_nothing_of_that_on(sweep: Sweep, tmp_path: Path) -> None:
+    """As in a shell of `srun --pty`: ranks would be bound to its cores, and submitit look for the files of its array."""
+    own = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_CONF": "/etc/slurm.conf",
+    }
+    own |= {"SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SBATCH_ACCOUNT": "mine"}
+    setup = f"hydra.launcher.setup=['env > {tmp_path}/env']"
+    done, (job,) = sweep(
+        "parallel=none", setup, *ONE_PER_NODE, **fake_slurm.install(tmp_path / "slurm"), **own
+    )
+    assert (done.code, job["status"]) == (0, "completed"), done.out + done.err
+    passed_on = dict(
+        line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line
+    )
+    assert passed_on["SLURM_JOB_ID"] == "41"
+    assert passed_on.keys() & own.keys() == {"SLURM_JOB_ID", "SLURM_CONF", "SBATCH_ACCOUNT"}
+
+
 def test_nodes_are_asked_for_what_ranks_need_and_after_a_refusal_all_is_withdrawn(
     sweep: Sweep, tmp_path: Path
 ) -> None:

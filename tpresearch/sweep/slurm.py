@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from subprocess import Popen
@@ -182,7 +183,7 @@ def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: 
         threads = max(1, settings.cpus_per_slot * slots // ranks)
         agents = [NodeAgent(job.arguments, ranks, job.folder.absolute(), threads) for job in alike]
         try:
-            with executor.batch():
+            with _outside_of_own_job(), executor.batch():
                 handles = [executor.submit(agent) for agent in agents]
         except (FailedJobError, FailedSubmissionError) as error:
             why = f"sbatch refuses {nodes} node{'s' if nodes > 1 else ''}: {one_line(error)}"
@@ -190,6 +191,20 @@ def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: 
             raise ConfigError("hydra/launcher", "slurm", why, legal) from None
         for job, handle in zip(alike, handles, strict=True):
             submitted[job.number] = SlurmJob(job, handle)
+
+
+@contextmanager
+def _outside_of_own_job() -> Iterator[None]:
+    """Without the variables of the job that this process runs in, if it does: sbatch would pass them on, such as the cores that ranks
+    are bound to, or the number of an array."""
+    before = dict(os.environ)
+    for name in before if before.get("SLURM_JOB_ID") else ():
+        if name.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")) and name != "SLURM_CONF":
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def submitit_parameters(settings: SlurmConfig, nodes: int, slots: int) -> dict[str, Any]:
