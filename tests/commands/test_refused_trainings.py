@@ -85,6 +85,21 @@ REFUSED = cases("""
     parallel.compile=true: it works block by block, and model llama2_debug has none; false, or model.blocks
 1 parallel=none parallel.activation_checkpointing=full model.blocks=[]
     parallel.activation_checkpointing=full: it works block by block, and model llama2_debug has none; none, or
+1 parallel=none parallel.activation_checkpointing=budget
+    parallel.activation_checkpointing=budget: the compiler chooses what to recompute, but parallel.compile=false; parallel.
+2 parallel=ddp parallel.gradient_accumulation_fusion=true train.micro_batch_size=2
+    parallel.gradient_accumulation_fusion=true: gradients are sharded, summed over ranks or offloaded; false, or parallel=none
+1 parallel=none parallel.gradient_accumulation_fusion=true train.micro_batch_size=2 train.dtype=bfloat16 train.float8=tensorwise
+    parallel.gradient_accumulation_fusion=true: a float8 matmul of torchao's adds to nothing; false, or train.float8=none
+2 parallel=fsdp train.dtype=bfloat16 parallel.fsdp.reduce_dtype=float64
+    parallel.fsdp.reduce_dtype=float64: wider than the float32 gradients; float32 or bfloat16
+# Checkpoints and the profiler.
+1 parallel=none checkpoint.every=4 checkpoint.keep_every=6
+    checkpoint.keep_every=6: with checkpoint.every=4 not every one of these steps has a checkpoint; a multiple of 4
+1 parallel=none checkpoint.every=null checkpoint.keep_every=6
+    checkpoint.keep_every=6: with checkpoint.every=null not every one of these steps has a checkpoint; null, or a checkpoint.every
+1 parallel=none checkpoint.background=sometimes
+    checkpoint.background=sometimes: no such choice; true, false or auto
 1 parallel=none profiler.memory=true
     profiler.memory=true: the snapshot covers the profiled steps, but profiler=none; profiler=memory
 """)
