@@ -13,7 +13,7 @@ PROGRESS = function say(what) {print "  " what; fflush()} \
 	/^Collecting/ && !(++packages % 20) {say(packages " packages found")} \
 	/(Downloading|Using cached) .*\([0-9][0-9.]* (MB|GB)\)/ && !/ \([0-9]?[0-9]\.[0-9] MB\)/ \
 		{name = $$(NF - 2); sub(".*/", "", name); sub("-cp.*|-py.*", "", name); say(name " " $$(NF - 1) " " $$NF)} \
-	/^Installing collected/ {say("installing " (NF - 3) " packages")}
+	/^Installing collected/ {say("installing " (split($$0, words) - 3) " packages")}
 TYPES := $(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(PIP_ARGS)
 
@@ -41,7 +41,8 @@ setup: $(VENV)/.ready ## create .venv with the versions of constraints.txt
 # torch comes first and by itself, so that nothing else chooses its build. Bytecode is made afterwards, on all cores
 # and without the libraries' own tests and models, some of which are not valid in this Python version.
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tpresearch needs Python 3.11 or newer")'
+	@$(PYTHON) -c 'import sys; mine = sys.version_info[:2]; sys.exit(not (3, 11) <= mine <= (3, 14) and \
+		"$(PYTHON) is Python %d.%d, and torch needs 3.11 to 3.14; try: make PYTHON=python3.13" % mine)'
 	@echo "setting up $(VENV), 1 of 3: the environment"
 	@$(PYTHON) -m venv $(VENV)
 	@sed '$(TORCH:%=s/^torch==.*/torch==%/)' constraints.txt > $(VENV)/constraints.txt
@@ -49,7 +50,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@set -o pipefail; $(PIP) "$$(grep '^torch==' $(VENV)/constraints.txt)" | awk '$(PROGRESS)'
 	@echo "setting up $(VENV), 3 of 3: the other dependencies in pyproject.toml"
 	@set -o pipefail; $(PIP) -c $(VENV)/constraints.txt -e '.[dev]' | awk '$(PROGRESS)'
-	@$(BIN)/python -m compileall -qq -j 0 -x '/(tests|models)/' $(VENV)/lib || true
+	@$(BIN)/python -W ignore -m compileall -qq -j 0 -x '/(tests|models)/' $(VENV)/lib || true
 	@touch $@
 
 lint: setup ## ruff, with automatic fixes

@@ -46,6 +46,24 @@ def test_the_wheel_has_every_config_file_and_nothing_of_the_users(site: Path) ->
     assert not (site / "train.py").exists()
 
 
+@pytest.mark.parametrize("version", [(3, 10), (3, 15)])
+def test_a_python_that_torch_has_no_build_for_is_refused_before_anything_is_made(
+    version: tuple[int, int], tmp_path: Path
+) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    python = tmp_path / "other_python"
+    pretend = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{pretend}" "$2"\n')
+    python.chmod(0o755)
+    done = execute(["make", "setup", f"PYTHON={python}"], tmp_path, environment(tmp_path))
+    said, *_ = done.err.splitlines()
+    major, minor = version
+    needs = "torch needs 3.11 to 3.14; try: make PYTHON=python3.13"
+    assert said == f"{python} is Python {major}.{minor}, and {needs}"
+    assert not (tmp_path / ".venv").exists()
+
+
 @pytest.mark.cli
 def test_a_command_of_the_wheel_runs_from_any_folder(tpresearch: Installed) -> None:
     done = tpresearch("train", "plan_only=true", "model=toy_mlp", "parallel=tp", "mesh.tp=2")

@@ -127,7 +127,7 @@ def test_matmuls_are_computed_again_by_full_checkpointing_and_in_a_second_backwa
 
 
 @torch.library.custom_op(
-    "tests::_scaled_dot_product_flash_attention", mutates_args=(), tags=torch.Tag.nondeterministic_seeded
+    "tests::_scaled_dot_product_flash_attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
 def drawing_attention(x: Tensor, dropout_p: float) -> Tensor:
     """Attention that draws in its kernel, as a GPU's do."""

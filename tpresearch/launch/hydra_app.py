@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,7 +45,8 @@ NOT_ACCEPTED = " has a value that Hydra does not accept"
 
 def parse_command_line() -> tuple[Namespace, list[str]]:
     """Hydra's flags and overrides, and the words that are neither; refuses a flag without its value."""
-    parser = get_args_parser()
+    with _any_help():
+        parser = get_args_parser()
     parser.error = _refuse_flag
     return parser.parse_known_args()
 
@@ -62,6 +63,17 @@ def parse(command: Command) -> Namespace:
     return arguments
 
 
+@contextmanager
+def _any_help() -> Iterator[None]:
+    """Context in which a parser takes a help text that is no string, as one of Hydra's, which Python 3.14 refuses.
+    (`ArgumentParser._check_help`: private to Python 3.14.)"""
+    ArgumentParser._check_help = lambda *_: None
+    try:
+        yield
+    finally:
+        del ArgumentParser._check_help
+
+
 def _refuse_flag(message: str) -> NoReturn:
     """Instead of argparse's usage message over many lines."""
     flag = next((word for word in reversed(sys.argv[1:]) if word.startswith("-")), "flags")
@@ -75,7 +87,8 @@ def is_query(arguments: Namespace) -> bool:
 def answer_query(task: Callable[..., object], config_name: str) -> None:
     """Run `hydra.main` itself, for --cfg, --info, --hydra-help and the like."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else it prints errors itself, over many lines, and exits with 1
-    hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=config_name)(task)()
+    with _any_help():
+        hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=config_name)(task)()
 
 
 def application(script: str, arguments: Namespace) -> Hydra:
