@@ -173,6 +173,12 @@ def test_a_plan_that_the_model_has_no_rules_for_is_refused_with_those_it_has(
     )
 
 
+def test_an_option_that_the_device_lacks_is_refused_before_ranks_start(ranks: Ranks, tmp_path: Path) -> None:
+    done = verify_texts(ranks, tmp_path, "verify.plans=[none,fsdp]", "parallel.fsdp.cpu_offload=true")
+    assert (done.code, done.refusals) == (2, [done.err.strip()]), done.err
+    assert done.refusal.startswith("error: parallel.fsdp.cpu_offload=true: CPU offload needs a CUDA device; ")
+
+
 def test_ranks_that_do_not_divide_a_model_are_answered_by_a_number_of_ranks_that_does(
     ranks: Ranks, tmp_path: Path
 ) -> None:

@@ -42,11 +42,11 @@ def preflight(cfg: Config, world: World) -> VerifyPreflight:
         why, legal = "it starts its own ranks", "a start by python, without torchrun"
         raise ConfigError("WORLD_SIZE", world.size, why, legal, nproc=1)
     not_resuming(cfg)
-    from tpresearch.verify.plans import check_moments, check_plan, configs_by_plan
+    from tpresearch.verify.plans import check_moments, check_plan, configs_by_plan, with_device_chosen
 
     try:
         plans = configs_by_plan(cfg, sys.argv[1:])
-        for cfgs in plans.values():
+        for cfgs in with_device_chosen(plans).values():
             for each in cfgs:
                 check_moments(each)
             check_plan(cfgs[0])

@@ -24,7 +24,7 @@ from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus, SyntheticCorpus
 from tpresearch.launch.command import is_override
 from tpresearch.launch.composition import typed_config
-from tpresearch.parallel.device import gpu_count
+from tpresearch.parallel.device import choose_device, gpu_count
 from tpresearch.train.preflight import plan_model
 from tpresearch.verify.integers import IntegerResult, check_matmuls, max_over_ranks
 from tpresearch.verify.ranks import RankError, Ranks
@@ -137,7 +137,9 @@ def with_device_chosen(plans: dict[str, list[Config]]) -> dict[str, list[Config]
 
 def check_plan(cfg: Config) -> None:
     """Refuse what cannot run, before anything is started."""
-    sizes = validate(cfg, ranks_of(cfg))
+    ranks = ranks_of(cfg)
+    sizes = validate(cfg, ranks)
+    choose_device(cfg, World(size=ranks, local_size=ranks))
     check_data(cfg.data, cfg.tokenizer)
     if cfg.train.float8 is not Float8.none:
         why = "each rank scales by its own rows, so that plans round otherwise: equality with one process is not claimed"
