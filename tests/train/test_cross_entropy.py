@@ -37,14 +37,14 @@ TOKENS, WIDTH, VOCABULARY = 96, 64, 1003
 TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
-def drawn(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def drawn(dtype: torch.dtype, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states [4, 24, h], a weight [V, h], and targets: the first and the last token among them, and some that are none."""
     torch.manual_seed(0)
     hidden = torch.randn(4, TOKENS // 4, WIDTH, dtype=dtype)
-    weight = torch.randn(VOCABULARY, WIDTH, dtype=dtype).mul_(0.1)
-    targets = torch.randint(VOCABULARY, (4, TOKENS // 4))
+    weight = torch.randn(vocabulary, WIDTH, dtype=dtype).mul_(0.1)
+    targets = torch.randint(vocabulary, (4, TOKENS // 4))
     targets[0, 3:9] = IGNORE_INDEX
-    targets[1, :2] = torch.tensor([0, VOCABULARY - 1])
+    targets[1, :2] = torch.tensor([0, vocabulary - 1])
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
@@ -76,6 +76,15 @@ def test_on_a_card_it_is_the_plain_one(dtype: torch.dtype) -> None:
     check_plain(dtype, 32, compile=False, device="cuda")
 
 
+@pytest.mark.parametrize("dtype", [on_card(torch.float64), on_card(torch.bfloat16)])
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 5 * VOCABULARY])
+def test_on_a_card_it_is_the_plain_one_in_fused_kernels(
+    own_graphs: None, dtype: torch.dtype, vocabulary: int
+) -> None:
+    """Whether one holds a row of logits, or finds maximum and sum in one pass over it."""
+    check_plain(dtype, 32, compile=True, device="cuda", vocabulary=vocabulary)
+
+
 def test_logits_that_were_copied_are_let_go_though_the_caller_holds_its_arguments(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -104,8 +113,11 @@ def test_chunks_of_any_number_of_sizes_are_fused(own_graphs: None, monkeypatch: 
     assert counter.frame_count == 2 * 2  # functions, each for the first shape and then for any
 
 
-def check_plain(dtype: torch.dtype, chunk: int, compile: bool, device: str = "cpu") -> None:
-    hidden, weight, targets = (t.detach().to(device).requires_grad_(t.requires_grad) for t in drawn(dtype))
+def check_plain(
+    dtype: torch.dtype, chunk: int, compile: bool, device: str = "cpu", vocabulary: int = VOCABULARY
+) -> None:
+    given = drawn(dtype, vocabulary)
+    hidden, weight, targets = (t.detach().to(device).requires_grad_(t.requires_grad) for t in given)
     plain = summed_cross_entropy(F.linear(hidden, weight), targets) / 7
     ours = linear_cross_entropy(hidden, weight, targets, chunk, 1 / 7, compile)
     assert ours.dtype == plain.dtype
