@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +117,31 @@ def test_triton_is_needed_for_what_a_gpu_computes(visible: pytest.MonkeyPatch) -
             check_device(config("model=toy_mlp", "parallel=fsdp", f"{key}=true"), CARD)
     offloaded = ("parallel.fsdp.cpu_offload=true", "optimizer.compile=true")
     check_device(config("model=toy_mlp", "parallel=fsdp", *offloaded), CARD)
+
+
+@pytest.mark.parametrize("device", [CPU, CARD])
+def test_what_compiled_code_is_built_with_is_looked_for(
+    visible: pytest.MonkeyPatch, device: Device, tmp_path: Path
+) -> None:
+    cfg = config("model=toy_mlp", "parallel=fsdp", "parallel.compile=true")
+    visible.setattr("importlib.util.find_spec", lambda name: True)
+    visible.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    visible.setattr("shutil.which", lambda name: name)
+    visible.setattr("sysconfig.get_path", lambda name, scheme: str(tmp_path / "python3.11"))
+    lacks = rf"the header files of Python are not installed \({tmp_path}/python3.11/Python.h; apt install python3.11-dev"
+    with pytest.raises(ConfigError, match=f"^parallel.compile=true: {lacks}"):
+        check_device(cfg, device)
+    (tmp_path / "python3.11").mkdir()
+    (tmp_path / "python3.11/Python.h").touch()
+    check_device(cfg, device)
+    visible.delenv("CC", raising=False)
+    visible.delenv("CXX", raising=False)
+    visible.setattr("shutil.which", lambda name: None)
+    language, compiler = ("C", "gcc") if device is CARD else (r"C\+\+", r"g\+\+")
+    with pytest.raises(
+        ConfigError, match=rf"^parallel.compile=true: no {language} compiler is found \({compiler}\)"
+    ):
+        check_device(cfg, device)
 
 
 def test_float32_on_a_gpu_is_said_to_be_slow() -> None:

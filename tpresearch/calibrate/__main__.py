@@ -50,7 +50,7 @@ def main() -> None:
         why, legal = "not a .yaml file in a folder that exists", "such as conf/cluster/here.yaml"
         raise ConfigError("out", options.out, why, legal, {"out": "conf/cluster/here.yaml"})
     with refuse_unwritable("out", path):  # before minutes of measuring
-        path.open("a").close() if path.exists() else TemporaryFile(dir=path.parent).close()
+        path.open("a", encoding="utf-8").close() if path.exists() else TemporaryFile(dir=path.parent).close()
     plain = _new_cluster(options, path.stem, World.from_environment())
     if plain is None:
         return
@@ -211,7 +211,7 @@ def _closest_cluster(clusters: dict[str, dict[str, Any]], card: str, memory_byte
 
 def _chip() -> str:
     about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.is_file() else []
+    lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 

@@ -39,7 +39,7 @@ def read_rows(path: Path) -> list[Row]:
         ConfigError: for a file that cannot be read, and for a line that is neither.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ConfigError("rows", str(path), f"cannot be read ({error})", LEGAL, {}) from error
     for row in rows:

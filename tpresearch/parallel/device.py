@@ -7,7 +7,9 @@ import importlib.util
 import itertools
 import os
 import shutil
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -177,8 +179,15 @@ def _missing_for_compile(on_cuda: bool) -> str | None:
             return "triton is not installed"
         if torch.cuda.get_device_capability() < (7, 0):
             return "the GPU is older than triton supports (compute capability 7.0)"
-        return None
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None and shutil.which("clang++") is None:
-        return f"no C++ compiler is found ({compiler})"
+    # What triton builds its launcher with, and inductor the kernels of a CPU.
+    variable, default, other, language = (
+        ("CC", "gcc", "clang", "C") if on_cuda else ("CXX", "g++", "clang++", "C++")
+    )
+    compiler = os.environ.get(variable, default)
+    if shutil.which(compiler) is None and shutil.which(other) is None:
+        return f"no {language} compiler is found ({compiler})"
+    headers = Path(sysconfig.get_path("include", "posix_prefix"))
+    if not (headers / "Python.h").is_file():
+        package = f"apt install {headers.name}-dev, or what it is called on this system"
+        return f"the header files of Python are not installed ({headers}/Python.h; {package})"
     return None

@@ -97,14 +97,16 @@ class WandbRun:
         if (known := _kept_id(kept_id)) is None:
             kept_id.with_name("sent").unlink(missing_ok=True)  # of the run that this folder is a copy of
         known_as = known or os.environ.get("WANDB_RUN_ID") or uuid4().hex[:8]
-        kept_id.write_text(f"{known_as}\n")
+        kept_id.write_text(f"{known_as}\n", encoding="utf-8")
         kept_id.with_name("folder").write_bytes(os.fsencode(kept_id.parents[1].absolute()))
         folders = Path(about["dir"]) / "wandb"
         for part in parts_of(folders, "offline-run", known_as):
             for path in part.glob("run-*.wandb"):
                 cut_half_record(path)
         run = wandb.init(mode=mode, id=known_as, resume="allow", **about)
-        kept_id.write_text(f"{run.id}\n")  # under `wandb agent` the sweep has chosen another
+        kept_id.write_text(
+            f"{run.id}\n", encoding="utf-8"
+        )  # under `wandb agent` the sweep has chosen another
         sent = SentRows(kept_id.with_name("sent"))
         if run.id != known_as:
             sent.truncate(0)
@@ -179,7 +181,7 @@ def _kept_id(path: Path) -> str | None:
     """
     if not path.exists():
         return None
-    known, noted = path.read_text().strip(), path.with_name("folder")
+    known, noted = path.read_text(encoding="utf-8").strip(), path.with_name("folder")
     if noted.exists():
         original = Path(os.fsdecode(noted.read_bytes())) / "wandb" / "id"
         with suppress(OSError):  # it is no more, or of somebody else
@@ -198,7 +200,9 @@ class SentRows:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._steps = [int(line) for line in path.read_text().split()] if path.exists() else []
+        self._steps = (
+            [int(line) for line in path.read_text(encoding="utf-8").split()] if path.exists() else []
+        )
 
     def truncate(self, count: int) -> None:
         """Forget the rows after the first `count`."""

@@ -102,7 +102,12 @@ def _result(rank: int, connections: list[Connection]) -> Any:
 def processor_s(process: BaseProcess) -> float:
     """Processor time of its main thread (gloo's threads poll for ever); 0 of one that has ended."""
     try:
-        fields = Path(f"/proc/{process.pid}/task/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{process.pid}/task/{process.pid}/stat")
+            .read_text(encoding="utf-8")
+            .rpartition(")")[2]
+            .split()
+        )
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
