@@ -67,6 +67,21 @@ def test_what_arrives_is_what_the_record_holds(
     assert capsys.readouterr() == ("said by the loop\n", "")  # the client says nothing on its own
 
 
+def test_the_client_is_silent_where_it_can_keep_no_log_of_its_own(
+    track: Callable[..., Tracker],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file/cache"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", "")  # restored afterwards
+    monkeypatch.delenv("WANDB_CACHE_DIR")
+    with track() as tracker:
+        log_steps(tracker)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_config_says_project_group_entity_name_and_job(
     track: Callable[..., Tracker], server: FakeWandb, cfg: Config
 ) -> None:

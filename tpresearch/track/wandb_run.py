@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,9 +105,8 @@ class WandbRun:
             for path in part.glob("run-*.wandb"):
                 cut_half_record(path)
         run = wandb.init(mode=mode, id=known_as, resume="allow", **about)
-        kept_id.write_text(
-            f"{run.id}\n", encoding="utf-8"
-        )  # under `wandb agent` the sweep has chosen another
+        # Under `wandb agent` the sweep has chosen another.
+        kept_id.write_text(f"{run.id}\n", encoding="utf-8")
         sent = SentRows(kept_id.with_name("sent"))
         if run.id != known_as:
             sent.truncate(0)
@@ -235,6 +235,11 @@ def set_up() -> wandb.Settings:
     """Apply our settings, as far as the client's version knows them; returns the result."""
     # The client's reports of its own errors hold up the interpreter's exit for 20 s where the host is silent.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    there = next(folder for folder in (caches, *caches.parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        # Its log would go to the terminal, as in a container whose home is /.
+        os.environ.setdefault("WANDB_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"wandb-{os.getuid()}"))
     import wandb
 
     known = wandb.Settings.model_fields
