@@ -76,6 +76,15 @@ def test_a_value_of_another_type_is_refused(key: str, value: object, legal: str)
         check_bounds(cfg)
 
 
+@pytest.mark.parametrize("key", ["init_from", "logger.group", "logger.dir", "data.name"])
+def test_the_word_none_is_null_and_no_name(key: str) -> None:
+    """As Python writes it, and `wandb agent` passes it on: a W&B group, or a folder, of that name would be nobody's wish."""
+    config(f"{key}=null")
+    with pytest.raises(ConfigError, match=rf"^{key}=None: .*; null$") as refused:
+        config(f"{key}=None")
+    assert refused.value.fix == {key: "null"}
+
+
 def test_a_bound_is_said_in_words() -> None:
     said = {
         "optimizer.lr": "a number above 0",

@@ -174,6 +174,8 @@ def check_bounds(config: Any, prefix: str = "") -> None:
             continue
         if not _has_type(value, hint):
             raise ConfigError(key, value, "of the wrong type", describe_type(hint))
+        if value == "None" and hint == (str | None):
+            raise ConfigError(key, value, "Hydra and YAML take it for a name", "null", {key: "null"})
         if bound:
             _check_bound(key, value, bound)
         if not isinstance(value, dict):  # a model, which its class reads
