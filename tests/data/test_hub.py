@@ -12,6 +12,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from support.corpora import Configure, Decode, prepared
@@ -61,9 +62,13 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again(configure: Configure, s
     assert huggingface_hub.constants.HF_HUB_OFFLINE, "its library would try each file for 25 s"
 
 
-def test_a_hub_that_can_be_reached_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_can_be_reached_is_asked_and_what_it_says_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(hub_room, "is_reachable", lambda _: True)
-    assert hub_room.offline_unless_reachable()
+    monkeypatch.setattr(hub_room, "_snapshot", Mock(side_effect=OSError("404: no owner/tokeniser")))
+    with pytest.raises(ConfigError, match=r"^tokenizer\.path=owner/tokeniser: 404: no owner/tokeniser"):
+        tokenizer_size("owner/tokeniser")
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
