@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.arrivals import logged, only_run, sync
+from support.arrivals import logged, only_run, said, sync
 from support.example_run import STEPS, log_steps, row, train
 from support.fake_wandb import DUMMY_KEY, ENTITY, FakeWandb
 
@@ -173,6 +173,26 @@ def test_a_held_out_loss_that_is_made_up_for_is_a_row_of_its_own_there(
     assert [r["train/step"] for r in arrived] == [1, 2, 3, 4, 4, 5, 6, 7, 8]
     assert arrived[4] == {"train/step": 4, "train/tokens": 4 * 3072, "val/loss": 7.5}
     assert read_metrics(run_dir) == [{**dict.fromkeys(NAMES), **row(step)} for step in range(1, STEPS + 1)]
+
+
+def test_a_second_run_under_one_wandb_run_id_is_told_that_rows_mix(
+    track: Callable[..., Tracker],
+    server: FakeWandb,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    train(track(), last=4)
+    resumed = track(start_step=4)
+    resumed.resume_from(4)
+    train(resumed, first=5)
+    assert not [text for text in said(caplog) if "WANDB_RUN_ID" in text], "the same run"
+    run_dir.rename(run_dir.with_name("first"))
+    train(track(), last=2)
+    told = "W&B: run mine has 8 rows of another folder, and gets this one's too: WANDB_RUN_ID names it"
+    assert told in said(caplog)
+    assert [row["train/step"] for row in logged(only_run(server))] == [*range(1, 9), 1, 2]
 
 
 def test_a_moved_folder_continues_its_run_and_a_copy_is_a_run_of_its_own(

@@ -118,6 +118,9 @@ class WandbRun:
             sent.truncate(rows)
         # Rows never use W&B's own step: it silently drops those below a resumed one.
         run.define_metric("*", step_metric=X_AXIS)
+        if known is None and run.starting_step:
+            said = "W&B: run %s has %d rows of another folder, and gets this one's too: WANDB_RUN_ID names it"
+            log.warning(said, run.id, run.starting_step)
         opened = cls(run, sent)
         if opened.url:
             log.info("W&B: %s", opened.url)
