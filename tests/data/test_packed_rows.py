@@ -20,7 +20,7 @@ from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
 from tpresearch.data import documents, streams
 from tpresearch.data import tokenizer as data_tokenizer
-from tpresearch.data.rows import PackedCorpus, check_enough_rows
+from tpresearch.data.rows import PackedCorpus, check_enough_rows, described
 from tpresearch.data.streams import read_rows, token_dtype, unigram_entropy, write_streams
 
 
@@ -50,6 +50,8 @@ def test_no_held_out_tokens_have_no_entropy(tmp_path: Path) -> None:
     found = PackedCorpus.open(tmp_path, facts | {"unigram_entropy_nats": {"held_out": None}}, seq_len=3)
     assert (found.train.shape, found.held_out.shape) == ((2, 4), (0, 4))
     assert str(found) == "2 train and 0 held-out rows of 3 tokens"
+    assert described(found, 2) == str(found)
+    assert described(found, 5) == f"{found}, the former read 2.5 times"
     assert np.isnan(found.unigram_entropy)
 
 

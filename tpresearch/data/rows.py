@@ -138,3 +138,9 @@ class SyntheticCorpus:
 
 
 AnyCorpus = PackedCorpus | SyntheticCorpus
+
+
+def described(corpus: AnyCorpus, rows: int) -> str:
+    """The corpus in a few words, and how often a run of so many train rows reads each, where that is more than once."""
+    there = len(corpus.train)
+    return f"{corpus}, the former read {rows / there:.3g} times" if 0 < there < rows else str(corpus)

@@ -19,7 +19,7 @@ from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import refuse_unwritable
 from tpresearch.config.validate import total_steps
 from tpresearch.data.pipeline import prepare
-from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, check_enough_rows
+from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, check_enough_rows, described
 from tpresearch.hf.files import tokenizer_hash_of, weights_hash
 from tpresearch.launch import Run
 from tpresearch.launch.agents_store import tell_begun, tell_stopped
@@ -81,7 +81,9 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
             agree_on_nothing_left(run.world, flag.check)
             return
         check_disk(job, run, found)
-        log.info("data: %s, %s", job.cfg.data.source, corpus)
+        steps = total_steps(job.cfg) if job.cfg.data.repeat_batches is None else 1
+        about = described(corpus, steps * job.cfg.train.global_batch_size)
+        log.info("data: %s, %s", job.cfg.data.source, about)
         check_stop(flag)
         train_on(corpus, found, job, run, text, flag, watching)
 
