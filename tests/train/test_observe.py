@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from unittest.mock import Mock
@@ -56,6 +57,17 @@ def test_an_observer_is_told_each_event_in_order() -> None:
     ]
     assert row["comm/bytes_per_step"] == 7
     assert row["train/step"] == 1
+
+
+def test_no_garbage_collection_stalls_a_step_nor_goes_through_what_stays() -> None:
+    with assembled(config(*TOY, "train.steps=3", "train.eval_rows=0")) as loop:
+        before, found = gc.get_freeze_count(), []
+        for _ in loop.rows():
+            assert not gc.isenabled()
+            found.append(gc.get_freeze_count() > before)
+    assert found == [False, False, True]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 def test_the_end_of_a_checkpoint_that_was_written_beside_steps_is_a_pause() -> None:
