@@ -27,3 +27,21 @@ def test_optuna_is_told_the_objective_of_each_trial(train: Start, small: list[st
     assert best["best_value"] == min(losses)
     config = yaml.safe_load((tmp_path / f"sweep/{losses.index(min(losses))}/config.yaml").read_text())
     assert best["best_params"] == {"optimizer.lr": config["optimizer"]["lr"]}
+
+
+def test_optuna_does_not_search_for_the_slowest_job(train: Start, tmp_path: Path) -> None:
+    typed = [
+        "-m",
+        "parallel=none",
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=2",
+        "hydra.sweeper.n_jobs=1",
+    ]
+    typed += ["optimizer.lr=choice(0.1,0.2)", "hydra.launcher.objective=perf/tokens_per_second_per_device"]
+    done = train(None, tmp_path, *typed, "hydra.sweep.dir=sweep")
+    assert done.code == 2, done.out + done.err
+    assert done.refusal.startswith(
+        "error: hydra.sweeper.direction=minimize: the best job would be that of least perf/"
+    )
+    assert "hydra.sweeper.direction=maximize" in done.command_to_try
+    assert not (tmp_path / "sweep/0").exists()

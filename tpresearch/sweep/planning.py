@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
@@ -70,6 +70,7 @@ class JobPlanner:
         for key, value in self.master.hydra.launcher.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
                 raise ConfigError(f"hydra.launcher.{key}", value, "too small", "a number above 0")
+        _check_direction(self.master)
         if not job_overrides:
             word = next((word for word in sys.argv[1:] if "glob(" in word), "hydra.sweeper.params=")
             key, _, pattern = word.partition("=")
@@ -147,6 +148,19 @@ class JobPlanner:
             *([] if cfg.logger.group else [override("logger.group", wandb_group(self.sweep_dir))]),
             *([] if cfg.logger.dir else [override("logger.dir", self.sweep_dir)]),
         ]
+
+
+MORE_IS_BETTER = ("perf/tokens_per_second", "perf/mfu")
+"""Beginnings of figures of which a search, by default for the least, is for the most."""
+
+
+def _check_direction(master: DictConfig) -> None:
+    """Refuse a sweeper that would search for the slowest job, and call it the best."""
+    objective = str(OmegaConf.select(master, "hydra.launcher.objective"))
+    direction = OmegaConf.select(master, key := "hydra.sweeper.direction")
+    if objective.startswith(MORE_IS_BETTER) and "minimize" in str(direction):
+        why = f"the best job would be that of least {objective}, the slowest"
+        raise ConfigError(key, "minimize", why, "maximize", {key: "maximize"})
 
 
 def _nodes(ranks: int, ranks_per_node: int | None) -> int:
