@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
 from tpresearch.data.tokenizer import train_bpe
 from tpresearch.launch.command import Command, WrongCommand
 from tpresearch.launch.composition import initialize_conf
-from tpresearch.sweep import launcher
+from tpresearch.sweep import launcher, slurm
 from tpresearch.sweep.job import CONSOLE_LOG, CompletedRun, Job, contents_of, signature, will_resume
 from tpresearch.sweep.running import (
     JOB_VARIABLE,
@@ -45,7 +46,7 @@ from tpresearch.sweep.running import (
     run_jobs,
     set_aside,
 )
-from tpresearch.sweep.slurm import NodeAgent
+from tpresearch.sweep.slurm import NodeAgent, SlurmJob
 
 
 @pytest.fixture
@@ -431,6 +432,30 @@ def test_slurms_jobs_meet_at_ports_of_their_own_that_linux_gives_to_no_connectio
     assert len(set(ports)) == 32
     assert 1024 <= min(ports) <= max(ports) < 32768
     assert port(7) == ports[7], "as the job's other node has it"
+
+
+@pytest.mark.parametrize(("codes", "code"), [([0, 0], 0), ([0, 3], 3)])
+def test_slurms_job_has_failed_where_any_of_its_nodes_has(codes: list[int], code: int) -> None:
+    handle: Any = SimpleNamespace(done=lambda: True, results=lambda: codes)
+    nothing: Any = None
+    assert SlurmJob(nothing, handle).poll() == code
+
+
+@pytest.mark.parametrize(("typed", "threads"), [({}, "3"), ({"OMP_NUM_THREADS": "7"}, "7")])
+def test_slurms_ranks_share_their_nodes_cores_unless_threads_are_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: dict[str, str], threads: str
+) -> None:
+    node = SimpleNamespace(
+        node=0, num_nodes=1, cluster="slurm", paths=SimpleNamespace(result_pickle=tmp_path / "none")
+    )
+    start = Mock(return_value=Mock(wait=lambda: 0))
+    monkeypatch.setattr("submitit.JobEnvironment", lambda: node)
+    monkeypatch.setattr(slurm, "start_process", start)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in typed.items():
+        monkeypatch.setenv(name, value)
+    assert NodeAgent([], 2, tmp_path, 3)() == 0
+    assert start.call_args.args[1]["OMP_NUM_THREADS"] == threads
 
 
 def test_ranks_that_do_not_fill_nodes_alike_are_refused(
