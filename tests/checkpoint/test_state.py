@@ -207,6 +207,20 @@ def test_where_a_budget_has_grown_it_is_told_what_becomes_of_the_learning_rate(
     ]
 
 
+@pytest.mark.parametrize(("first", "told"), [(4, False), (5, True)])
+def test_where_too_few_steps_are_left_to_be_profiled_it_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: int, told: bool
+) -> None:
+    asked = "profiler=trace", "profiler.steps=3", f"profiler.first_step={first}"
+    cfg = config("parallel=none", "model=toy_mlp", "train.steps=8", *asked)
+    saved = read_checkpoint(save(tmp_path, 2))
+    log_resumption([replace(saved, manifest=replace(saved.manifest, steps=8))], 2, preflight(cfg, World()))
+    said = (
+        "no profile is written: it would end with step 7 of this process, and 6 are left; profiler.first_step"
+    )
+    assert [record.message for record in caplog.records] == [said] * told
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_state_that_is_not_finite_is_never_saved(value: float) -> None:
     state = {"model.a": torch.zeros(3), "model.empty": torch.zeros(0, 4), "model.n": torch.ones(2).long()}

@@ -24,6 +24,7 @@ from tpresearch.track.record import read_summary
 from tpresearch.track.text import bytes_text
 from tpresearch.train.optim import learning_rate
 from tpresearch.train.preflight import Preflight
+from tpresearch.train.profile import profiled_steps
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,9 @@ def checkpoint_bytes(job: Preflight) -> int:
 
 
 def log_resumption(found: list[Checkpoint], step: int, job: Preflight) -> None:
-    """Log where the run resumes and, if the budget has grown, how the learning rate changes."""
+    """Log where the run resumes, if the budget has grown how the learning rate changes, and if the steps left are too few to be
+    profiled that none is written.
+    """
     checkpoint = next(c for c in found if c.step == step)
     manifest, cfg, steps = checkpoint.manifest, job.cfg, total_steps(job.cfg)
     log.info("resumes from step %d of %d: %s", step, steps, checkpoint.folder)
@@ -144,3 +147,7 @@ def log_resumption(found: list[Checkpoint], step: int, job: Preflight) -> None:
         if math.isclose(now, before, rel_tol=1e-3):
             rates = f"the learning rate of the next step stays {now:.3g}"
         log.warning("the budget has grown from %d to %d steps: %s", manifest.steps, steps, rates)
+    profiled = profiled_steps(cfg.profiler)
+    if profiled and profiled[-1] > steps - step:
+        text = "no profile is written: it would end with step %d of this process, and %d are left"
+        log.warning(text + "; profiler.first_step", profiled[-1], steps - step)
