@@ -10,11 +10,13 @@ from support.composed import config
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
 from tpresearch.launch.composition import read_option
+from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.simulate.device_memory import peak_moment
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.kernels import kernels
 from tpresearch.simulate.trace import Trace
+from tpresearch.train.preflight import plan_model
 
 VOCAB, TOKENS = 4096, 512
 LOGITS = TOKENS * VOCAB
@@ -76,6 +78,16 @@ def test_heads_that_share_keys_in_float32_are_repeated_on_a_gpu_alone() -> None:
         for cluster in ("h100_dgx", "cpu")
     }
     assert more["h100_dgx"] - more["cpu"] == (2 * 4 * 8 - 3 * 64) * TOKENS * 4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_a_gpu_keeps_what_the_formulas_say(dtype: str, kind: str) -> None:
+    """Of a norm also its input in bfloat16, of which a CPU keeps a wider copy instead."""
+    words = f"train.weights={dtype}", f"parallel.activation_checkpointing={kind}", "model.n_layers=2"
+    cfg, trace = on("h100_dgx", f"train.dtype={dtype}", *words)
+    expected = expected_memory(*plan_model(cfg, validate(cfg, 1)), cfg, "cuda")["activations"]
+    assert max(size for name, size in trace.memory.items() if name.endswith("/activations")) == expected
 
 
 def test_a_norm_is_one_kernel_on_a_gpu_and_many_on_a_cpu() -> None:

@@ -128,7 +128,7 @@ def _llama2_activation_bytes(
     if mode is Checkpointing.full:
         each = h * element * residual
     elif mode is Checkpointing.selective:
-        each = attention + 2 * (h + f) * element
+        each = _attention_bytes(block, element) + 2 * (h + f) * element  # keys that are repeated are so again
     else:
         each = 2 * norm + (attention + 4 * f * element) / t
         if compiled:
@@ -138,7 +138,7 @@ def _llama2_activation_bytes(
     return model.n_layers * each + norm
 
 
-def _attention_bytes(block: Block, element: int, device: str) -> int:
+def _attention_bytes(block: Block, element: int, device: str = "cpu") -> int:
     """Bytes per token that attention keeps: queries, keys, values, its result, and a log-sum-exp for each head."""
     a = block.attention
     heads = a.wq.out_features // a.head_dim

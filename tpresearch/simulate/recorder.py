@@ -88,7 +88,7 @@ class Recorder(CommunicationLedger):
         for module in self._model.modules():
             if isinstance(module, self._single_kernels):
                 hooks.append(module.register_forward_pre_hook(self._enter))
-                hooks.append(module.register_forward_hook(self._leave))
+                hooks.append(module.register_forward_hook(self._leave_module))
         if self._blocks:
             hooks.append(self._blocks[0].register_forward_hook(self._after_first_block))
             hooks.append(self._blocks[-1].register_forward_pre_hook(self._before_last_block))
@@ -103,12 +103,16 @@ class Recorder(CommunicationLedger):
         self._running = len(self._spans)
         self._spans.append((_sequence(), _sequence()))
 
-    def _leave(self, _: nn.Module | None, __: Any, *outputs: Tensor) -> None:
+    def _leave(self, *outputs: Tensor) -> None:
         assert self._running is not None
         for output in outputs:
-            self._memory.include(output.to_local() if isinstance(output, DTensor) else output)
+            self._memory.include(_local(output))
         self._spans[self._running] = (self._spans[self._running][0], _sequence())
         self._running = None
+
+    def _leave_module(self, _: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        self._leave(output)
+        return _KeptInput.apply(output, _local(given[0]).detach())
 
     def as_one_kernel(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that runs op by op, of which a compiler makes one kernel: it holds its outputs alone."""
@@ -116,7 +120,7 @@ class Recorder(CommunicationLedger):
         def run(*given: Any) -> Any:
             self._enter()
             result = function(*given)
-            self._leave(None, given, *tree_leaves(result))
+            self._leave(*tree_leaves(result))
             return result
 
         return run
@@ -227,6 +231,24 @@ def _kind_and_shape(
     if "scaled_dot_product" in name:
         return "attention", _attention_shape(args, backward="backward" in name)
     return "optimizer" if name.startswith(("_fused_adam", "adamw_")) else "other", ()
+
+
+class _KeptInput(torch.autograd.Function):
+    """The output of a single kernel, which keeps its input for backward: op by op, one in bfloat16 is let go once there is a wider
+    copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, given: Tensor) -> Tensor:
+        ctx.save_for_backward(given)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
+        return gradient, None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _launches(func: Any, name: str) -> bool:
