@@ -10,8 +10,17 @@ import torch
 from support.assembled import planned, refusal
 from support.counted_steps import counted_step
 from support.nets import AllFrozen, ComplexPositions, Frozen, Scaled, Tied, Unused, model
-from support.odd_nets import ByKeyword, Complex, Counting, Hooked, Parametrized, Transposed, Wide
-from torch import nn
+from support.odd_nets import (
+    ByKeyword,
+    Complex,
+    Counting,
+    Hooked,
+    NormalizedByHook,
+    Parametrized,
+    Transposed,
+    Wide,
+)
+from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -33,6 +42,7 @@ def test_ties_are_found_and_counted_once() -> None:
         (Hooked, "it has a hook on its gradient"),
         (Complex, "its numbers are complex"),
         (Parametrized, "it is parametrized"),
+        (NormalizedByHook, "its weight is computed from parameters as the model is built"),
         (Wide, "it is float64 where others are float32"),
     ],
 )
@@ -219,12 +229,30 @@ LOST = {
     "scaled": (lambda net: net.output.weight.data.div_(2), "output.weight"),
     "a row": (clear_first_row, "embed.weight"),
 }
+
+
+class Itself(nn.Module):
+    """That calls itself by another word."""
+
+    def __init__(me) -> None:
+        super().__init__()
+        me.weight = nn.Parameter(torch.empty(260, 64))
+        me.reset_parameters()
+
+    def reset_parameters(me) -> None:
+        nn.init.normal_(me.weight)
+
+    def forward(me, x: Tensor) -> Tensor:
+        return x @ me.weight.T
+
+
 KEPT = {
     "as it is anyway": lambda net: (nn.init.ones_(net.norm.weight), nn.init.constant_(net.norm.bias, 0.0)),
     "and resets": lambda net: (nn.init.zeros_(net.output.weight), net.output.reset_parameters()),
     "ties": lambda net: setattr(net.embed, "weight", net.output.weight),
     "freezes": lambda net: net.embed.weight.requires_grad_(False),
     "a class with its own": lambda net: setattr(net, "output", Linear(64, 260, 0.02)),
+    "a class with a word of its own": lambda net: setattr(net, "output", Itself()),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import weight_norm as weight_norm_by_hook
 from torch.nn.utils.parametrizations import weight_norm
 
 from tpresearch.models.toy_mlp import ToyLM
@@ -37,6 +38,12 @@ class Parametrized(ToyLM):
     def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
         super().__init__(vocab_size, dim, hidden_dim)
         weight_norm(self.output)
+
+
+class NormalizedByHook(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        weight_norm_by_hook(self.output)
 
 
 class Counts(nn.Module):

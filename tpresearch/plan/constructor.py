@@ -47,7 +47,7 @@ def change_by(name: str, args: Sequence[object], kwargs: Mapping[str, object]) -
     constant = float(given) if isinstance(given, int | float) and target._base is None else None
     setters, frame = set(), sys._getframe(1)
     while frame is not None:
-        by = frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
+        by = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
         reset = getattr(type(by), "reset_parameters", None) if isinstance(by, nn.Module) else None
         if reset and (
             frame.f_code.co_name == "reset_parameters" or not reset.__module__.startswith("torch.")

@@ -141,6 +141,9 @@ def _check_parameters(model: nn.Module) -> None:
             why = "it is parametrized, but a rank holds only shards of it"
             legal = "a module that does so in its forward"
             raise WrongModel(name or type(module).__name__, why, legal)
+        if key := next((k for k, t in vars(module).items() if isinstance(t, Tensor) and not t.is_leaf), None):
+            why = f"its {key} is computed from parameters as the model is built, as by torch.nn.utils.weight_norm, and a rank holds only shards of these"
+            raise WrongModel(name or type(module).__name__, why, "a module that does so in its forward")
     first: torch.dtype | None = None
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype is not (first := first or parameter.dtype):
