@@ -55,7 +55,7 @@ def test_what_would_be_lost_without_a_word_is_refused(kind: type[nn.Module], why
 def test_a_rule_on_a_layer_that_is_given_its_input_by_keyword_is_refused() -> None:
     error = refusal(*model(ByKeyword), "parallel=tp")
     assert (error.field, error.value) == ("model.plans.tp.output.match", "output")
-    assert error.why == "output is called with keyword arguments alone"
+    assert error.why == "output is given no input by position"
     planned(*model(ByKeyword), "parallel=fsdp")
 
 

@@ -230,8 +230,8 @@ def check_layouts(rules: dict[str, ResolvedRule], probe: Probe) -> None:
             continue
         shapes = probe.shapes.get(name)
         if shapes is not None and not shapes.inputs and rule.rule.style != "output":
-            why = f"{name} is called with keyword arguments alone"
-            legal = "a call that passes the input by position"
+            why = f"{name} is given no input by position"
+            legal = "a call that does so; for a module that takes none, such as one that has a factor for others, a _target_ like CopyToShards in docs/plans.md"
             raise ConfigError(f"{rule.config_key}.match", rule.rule.match, why, legal)
         if rule.rule.style not in ("input", "output"):
             _check_layer_layouts(rule)
