@@ -233,3 +233,11 @@ def test_compiled_gradients_by_a_changed_tensor_are_right_or_refused(
             gradients(True)
     else:
         torch.testing.assert_close(gradients(True), gradients(False))
+
+
+@pytest.mark.parametrize("kind", [Checkpointing.selective, Checkpointing.full])
+def test_a_block_that_takes_a_gradient_by_a_transform_is_refused(kind: Checkpointing) -> None:
+    block = Block(lambda block, x: torch.func.grad(lambda y: block.first(y).square().sum())(x))
+    wrap_forward(block, config(f"parallel.activation_checkpointing={kind}").parallel, has_rules=False)
+    with pytest.raises(ConfigError, match="takes a gradient by a transform"):
+        block(torch.rand(4, 8))

@@ -9,7 +9,19 @@ import pytest
 import torch
 from support.assembled import planned, refusal
 from support.counted_steps import counted_step
-from support.nets import AllFrozen, ComplexPositions, Frozen, Scaled, Tied, Unused, model
+from support.nets import (
+    AllFrozen,
+    ByFuncGrad,
+    ByGrad,
+    ByJvp,
+    ByVmap,
+    ComplexPositions,
+    Frozen,
+    Scaled,
+    Tied,
+    Unused,
+    model,
+)
 from support.odd_nets import (
     ByKeyword,
     Complex,
@@ -270,3 +282,20 @@ def test_initial_values_that_only_the_constructor_sets_are_refused(
         return
     error = refusal(*words, from_seed=True)
     assert (error.value, error.why[:31]) == (name, "the model's constructor sets it")
+
+
+@pytest.mark.parametrize("kind", [ByGrad, ByFuncGrad, ByJvp, ByVmap])
+def test_gradients_and_transforms_that_a_forward_takes_are_right_or_refused(kind: type[nn.Module]) -> None:
+    """What one process computes is planned, though its blocks are alike, of which one alone would be followed."""
+    words = (*model(kind), "model.blocks=[first,mlp]", "train.micro_batch_size=2")
+    planned(*words, "parallel=none")
+    planned(*words, "parallel=ddp")
+    by_units = (*words, "parallel=fsdp")
+    if kind in (ByGrad, ByFuncGrad):
+        assert "it takes a gradient through first in its forward" in str(refusal(*by_units))
+    else:
+        planned(*by_units)
+    why = (
+        "backward goes through a gradient" if kind is ByGrad else "it calls mlp.in_proj, which a rule shards"
+    )
+    assert f"model=toy_mlp: {why}" in str(refusal(*words, "parallel=tp"))

@@ -210,6 +210,42 @@ class Forced(ToyLM):
         return self.output(x + force)
 
 
+class TwoBlocks(ToyLM):
+    """Each called by `call`."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.first = ToyMLP(dim, hidden_dim, dim)
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        return self.output(self.call(self.mlp, self.call(self.first, self.embed(tokens))))
+
+    def call(self, block: nn.Module, x: Tensor) -> Tensor:
+        return block(x)
+
+
+class ByGrad(TwoBlocks):
+    def call(self, block: nn.Module, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = x.detach().requires_grad_()
+            return x + torch.autograd.grad(block(y).square().sum(), y, create_graph=True)[0]
+
+
+class ByFuncGrad(TwoBlocks):
+    def call(self, block: nn.Module, x: Tensor) -> Tensor:
+        return x + torch.func.grad(lambda y: block(y).square().sum())(x)
+
+
+class ByJvp(TwoBlocks):
+    def call(self, block: nn.Module, x: Tensor) -> Tensor:
+        return torch.func.jvp(block, (x,), (x,))[1]
+
+
+class ByVmap(TwoBlocks):
+    def call(self, block: nn.Module, x: Tensor) -> Tensor:
+        return torch.func.vmap(block)(x)
+
+
 class Projected(ToyLM):
     """With a random projection that is drawn once."""
 

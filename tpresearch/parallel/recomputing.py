@@ -60,7 +60,17 @@ def checkpointed_eagerly(
         why = f"changes {changed[0][0]}, which recomputing would find changed and change again"
         raise _refusal(block, kind, why, "none")
 
-    return _watched(block, run, refuse)
+    @functools.wraps(block.forward)
+    def run_or_refuse(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return run(*args, **kwargs)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            why = "takes a gradient by a transform of torch.func, which allows no checkpoint around it"
+            raise _refusal(block, kind, why, "none") from None
+
+    return _watched(block, run_or_refuse, refuse)
 
 
 def checked_compiled(block: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:

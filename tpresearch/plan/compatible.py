@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -24,6 +25,26 @@ class TableTooShort(IndexError):
     def __init__(self, last: int, rows: int) -> None:
         super().__init__(f"{last} is looked up in a table of {rows} rows")
         self.last, self.rows = last, rows
+
+
+def check_lookup(table: Tensor, indices: Tensor, last_numbers: Mapping[torch.UntypedStorage, int]) -> None:
+    """Refuse a lookup that would end only on a device.
+
+    Args:
+        last_numbers: of tensors whose numbers count, as positions do, the last.
+
+    Raises:
+        TypeError: for indices that are no whole numbers, for which torch 2.11 does not ask on the meta device.
+        TableTooShort: for positions that the table lacks.
+    """
+    if indices.is_floating_point():
+        raise TypeError("an embedding takes token ids")
+    last = last_numbers.get(indices.untyped_storage(), 0)
+    steps = zip(indices.shape, indices.stride(), strict=True)
+    furthest = indices.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+    has_last = (furthest + 1) * indices.element_size() == indices.untyped_storage().nbytes()
+    if has_last and last >= len(table):
+        raise TableTooShort(last, len(table))
 
 
 def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:

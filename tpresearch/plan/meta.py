@@ -15,9 +15,11 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from tpresearch.config.errors import ConfigError, WrongModel
@@ -89,6 +91,12 @@ def same_draws() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def python_states() -> tuple[object, ...]:
+    """Of the generators that `random` and `numpy.random` share."""
+    kind, key, *rest = np.random.get_state()
+    return random.getstate(), kind, np.asarray(key).tobytes(), *rest
 
 
 @contextmanager
@@ -227,6 +235,23 @@ def numbers_of(model: nn.Module) -> dict[str, float]:
         for key, value in vars(module).items()
         if isinstance(value, int | float) and key != "training"
     }
+
+
+def elements_of(args: object, output: object) -> int | None:
+    """How many elements a random function draws for: those of its first tensor, on this rank; of its output if it is given none;
+    None if neither has any."""
+    for tensor in tree_leaves((args, output)):
+        if isinstance(tensor, Tensor):
+            return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
+    return None
+
+
+def transform_of_torch() -> str | None:
+    """Which transform of torch.func calls what runs now, such as Grad or Vmap (private; read in torch 2.11 to 2.14)."""
+    functorch = torch._C._functorch
+    if functorch.maybe_current_level() is None:
+        return None
+    return functorch.peek_interpreter_stack().key().name
 
 
 def settings_with_defaults(config: ModelConfig) -> dict[str, Any]:

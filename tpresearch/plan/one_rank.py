@@ -166,8 +166,7 @@ def check_one_rank(model: nn.Module, plan: Plan, inputs: Tensor, cfg: Config) ->
     rules = plan.rules.values()
     if not rules or plan.probe.output is None or any(rule.rule.target for rule in rules):
         return None
-    whole = Forward(model, plan)
-    whole.run(inputs)
+    whole, plan = _one_process(model, plan, inputs)
     ranks = max(plan.sizes[rule.axis] for rule in rules)
     rank = _OneRank(model, plan, whole, Follower(ranks, Refusals(plan, cfg)))
     try:
@@ -188,9 +187,8 @@ def op_across_rows(model: nn.Module, plan: Plan, inputs: Tensor, cfg: Config) ->
     """The first op that works across the rows of a batch, and its module, as `mean in blocks.0`; None if there is none."""
     if plan.probe.output is None:
         return None
-    plan = replace(plan, rules={})
-    whole, known = Forward(model, plan), Follower(2, RowRefusals(plan, cfg))
-    whole.run(torch.cat([inputs, inputs]))
+    whole, plan = _one_process(model, replace(plan, rules={}), torch.cat([inputs, inputs]))
+    known = Follower(2, RowRefusals(plan, cfg))
     known.parts[inputs] = Part(0, len(inputs), "")
     try:
         with suppress(AnotherWay):
@@ -198,6 +196,19 @@ def op_across_rows(model: nn.Module, plan: Plan, inputs: Tensor, cfg: Config) ->
     except AcrossRows as found:
         return str(found)
     return None
+
+
+def _one_process(model: nn.Module, plan: Plan, inputs: Tensor) -> tuple[Forward, Plan]:
+    """The forward of one process, and the plan under which a rank's may be followed beside it: without blocks, where one may not be
+    passed over, since a gradient is taken through it, or a transform of torch.func calls it."""
+    whole = Forward(model, plan)
+    try:
+        whole.run(inputs)
+    except Exception:  # torch's, or of the user's code; the probe ran all of it
+        plan = replace(plan, blocks=[])
+        whole = Forward(model, plan)
+        whole.run(inputs)
+    return whole, plan
 
 
 def does_not_fit(model: str, error: Exception) -> WrongModel:

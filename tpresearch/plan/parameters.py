@@ -9,7 +9,7 @@ from torch import nn
 
 from tpresearch.config.axes import SHARD
 from tpresearch.config.errors import ConfigError, WrongModel
-from tpresearch.config.schema import ParallelConfig
+from tpresearch.config.schema import Config, ParallelConfig
 from tpresearch.config.validate import uses_fully_shard
 from tpresearch.plan.compiler import Plan, sharded_dim, unit_of
 
@@ -47,6 +47,25 @@ def check_parameters(model: nn.Module, plan: Plan, parallel: ParallelConfig) -> 
             why = f"{name} is a scalar, which FSDP does not shard"
             raise ConfigError("parallel", parallel.name, why, legal)
         _check_rows(name, parameter, model, plan)
+
+
+def check_own_gradients(plan: Plan, cfg: Config) -> None:
+    """Refuse a forward that takes a gradient through a unit of FSDP, which would be over with its weights then, before backward; or one
+    through a sharded layer that backward goes through in turn, of which torch's collectives have no gradient."""
+    name, taken = cfg.model.name, sorted(plan.probe.differentiated)
+    units = map(plan.unit_of, taken) if uses_fully_shard(cfg.parallel, plan.sizes) else ()
+    if unit := next(filter(None, units), None):
+        why = f"it takes a gradient through {unit} in its forward, which fully_shard would take for the backward, and not sum that of {unit}"
+        raise WrongModel(name, why, f"parallel=ddp, or blocks without {unit}")
+    legal = "parallel=ddp, or no sharding rule for that layer"
+    converting = [layer for layer, rule in plan.rules.items() if rule.rule.style not in (None, "sequence")]
+    twice = (key.rpartition(".")[0] for key in taken if plan.probe.differentiated[key])
+    if layer := next((layer for layer in converting if layer in plan.probe.transformed), None):
+        why = f"it calls {layer}, which a rule shards, in a transform of torch.func, as vmap or grad, for which torch's collectives have no rule"
+        raise WrongModel(name, why, legal)
+    if layer := next((layer for layer in twice if layer in converting), None):
+        why = f"backward goes through a gradient that it takes through {layer} in its forward, and a rule shards {layer}: torch's collectives are differentiated once alone"
+        raise WrongModel(name, why, legal)
 
 
 def _check_gathered(model: str, unit: str, plan: Plan) -> None:

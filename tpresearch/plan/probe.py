@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,18 +12,25 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tpresearch.config.errors import WrongModel
 from tpresearch.config.schema import Config
-from tpresearch.plan.compatible import TableTooShort, incompatible, leaves_between
-from tpresearch.plan.meta import buffer_versions, changed_buffers, numbers_of, same_draws, seen_checkpoints
+from tpresearch.plan.compatible import check_lookup, incompatible, leaves_between
+from tpresearch.plan.meta import (
+    buffer_versions,
+    changed_buffers,
+    elements_of,
+    numbers_of,
+    python_states,
+    same_draws,
+    seen_checkpoints,
+    transform_of_torch,
+)
 
 Shapes = tuple[torch.Size | None, ...]
 PYTHON = "python"
@@ -61,8 +67,11 @@ class Probe:
     whose forward ran at each such read."""
     changed_state: tuple[str, ...] = ()
     """Buffers that a forward in training changes, as the statistics of a batch norm, and numbers that modules keep, as a count of calls."""
-    differentiated: set[str] = field(default_factory=set)
-    """Parameters through which a forward takes a gradient of its own, by `autograd.grad`."""
+    differentiated: dict[str, bool] = field(default_factory=dict)
+    """Parameters through which a forward takes a gradient of its own, by `autograd.grad` or by a transform of torch.func, and whether
+    backward then goes through that gradient."""
+    transformed: set[str] = field(default_factory=set)
+    """Modules that a transform of torch.func calls, such as vmap."""
     called: list[str] = field(default_factory=list)
     """Names of modules in the order in which they were called, one per call."""
     matmul_flops: dict[str, float] = field(default_factory=dict)
@@ -80,15 +89,6 @@ class Probe:
         return self.output is None or PYTHON in self.draws.get("", {})
 
 
-def elements_of(args: object, output: object) -> int | None:
-    """How many elements a random function draws for: those of its first tensor, on this rank; of its output if it is given none;
-    None if neither has any."""
-    for tensor in tree_leaves((args, output)):
-        if isinstance(tensor, Tensor):
-            return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
-    return None
-
-
 class _CallMode(TorchFunctionMode):
     """Notes for `_ProbeMode` each call of a function, and in which of them random numbers are drawn: `dropout`, say."""
 
@@ -101,7 +101,7 @@ class _CallMode(TorchFunctionMode):
     ) -> Any:
         draws, name = self._probe.draws, getattr(func, "__name__", "")
         before = len(draws)
-        if func is torch.autograd.grad:
+        if func is torch.autograd.grad and not transform_of_torch():
             self._probe.note_gradient(*args, **(kwargs or {}))
         output = func(*args, **(kwargs or {}))
         draws[before:] = [(module, name) for module, _ in draws[before:]][:1]
@@ -154,6 +154,10 @@ class _ProbeMode(TorchDispatchMode):
         self._found.recomputed.update([name] if self._checkpoints else [])
         if not any(tensor.requires_grad for tensor in tensors):
             self._found.no_input_grad.add(name)
+        if transform := transform_of_torch():
+            self._found.transformed.add(name)
+            names = (f"{name}.{key}".strip(".") for key in module._parameters)
+            self._found.differentiated.update(dict.fromkeys(names if transform == "Grad" else (), True))
 
     def _after_forward(self, name: str, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         self.running.pop()
@@ -161,9 +165,19 @@ class _ProbeMode(TorchDispatchMode):
         self._shapes[name] = _shapes_of(args), _shapes_of(outputs), self._layers_called
         self._views += [(name, t, t._version) for t in outputs if isinstance(t, Tensor) and t._is_view()]
 
-    def note_gradient(self, outputs: object, inputs: object, *_: object, **__: object) -> None:
-        storages = [leaf.untyped_storage() for leaf in leaves_between(outputs, inputs)]
-        self._found.differentiated.update(self._weights[s][0] for s in storages if s in self._weights)
+    def note_gradient(
+        self,
+        outputs: object,
+        inputs: object,
+        _: object = None,
+        __: object = None,
+        create_graph: bool = False,
+        **___: object,
+    ) -> None:
+        for storage in (leaf.untyped_storage() for leaf in leaves_between(outputs, inputs)):
+            if storage in self._weights:
+                name = self._weights[storage][0]
+                self._found.differentiated[name] = create_graph or self._found.differentiated.get(name, False)
 
     def result(self, output: Tensor, head: str | None, model: nn.Module, tokens: int) -> Probe:
         """What was recorded, once the model has returned."""
@@ -188,7 +202,7 @@ class _ProbeMode(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and reader is not None:
             self.draws.append((reader, ""))
         if func is torch.ops.aten.embedding.default:
-            self._check_lookup(*args[:2])
+            check_lookup(args[0], args[1], self._last)
         owners = {self._owners.get(id(tensor), reader) for tensor in tree_leaves((args, kwargs))}
         running, outside = set(self.running), self._found.read_outside_forward
         for owner in owners:
@@ -220,16 +234,6 @@ class _ProbeMode(TorchDispatchMode):
                 each = 6 if weight.requires_grad else 4 if other.requires_grad else 2
                 self._flops[name] += each * products
 
-    def _check_lookup(self, table: Tensor, indices: Tensor) -> None:
-        if indices.is_floating_point():
-            raise TypeError("an embedding takes token ids")  # torch 2.11 asks for none on the meta device
-        last = self._last.get(indices.untyped_storage(), 0)
-        steps = zip(indices.shape, indices.stride(), strict=True)
-        furthest = indices.storage_offset() + sum((size - 1) * stride for size, stride in steps)
-        has_last = (furthest + 1) * indices.element_size() == indices.untyped_storage().nbytes()
-        if has_last and last >= len(table):
-            raise TableTooShort(last, len(table))
-
 
 def probe_model(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
     """Send `inputs`, on the meta device, through a copy of a meta model, which may count its calls.
@@ -240,9 +244,9 @@ def probe_model(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
     model = copy.deepcopy(model)
     try:
         with same_draws():
-            seeded = _python_states()
+            seeded = python_states()
             output, watch, head = _run_with_head(model, inputs) or (*_run(model, inputs), None)
-            draws = _python_states() != seeded
+            draws = python_states() != seeded
     except NotImplementedError:  # an op that has no meaning without data
         return Probe()
     except Exception as error:
@@ -260,12 +264,6 @@ def probe_model(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
     if draws:
         found.draws.setdefault("", {})[PYTHON] = []
     return found
-
-
-def _python_states() -> tuple[object, ...]:
-    """Of the generators that `random` and `numpy.random` share."""
-    kind, key, *rest = np.random.get_state()
-    return random.getstate(), kind, np.asarray(key).tobytes(), *rest
 
 
 def _run(

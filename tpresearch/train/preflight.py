@@ -240,7 +240,7 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
     from tpresearch.plan.constructor import check_constructor
     from tpresearch.plan.meta import meta_model, watched_meta_model, weight_dtype
     from tpresearch.plan.one_rank import check_one_rank, op_across_rows
-    from tpresearch.plan.parameters import check_parameters
+    from tpresearch.plan.parameters import check_own_gradients, check_parameters
     from tpresearch.plan.probe import probe_model
     from tpresearch.train.randomness import check_randomness
 
@@ -250,12 +250,12 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
     probe = probe_model(model, batch.inputs, cfg)
     check_loss(probe.output, batch.targets, cfg)
     plan = compile_plan(model, cfg, sizes, probe)
+    check_own_gradients(plan, cfg)
     check_parameters(model, plan, cfg.parallel)
     check_constructor(model, lost, plan.initializers)
     check_randomness(model, plan, cfg.parallel)
     check_split_output(plan, cfg)
     check_changed_outputs(plan, cfg)
-    check_own_gradients(plan, cfg)
     plan = dataclasses.replace(plan, followed_to=check_one_rank(model, plan, batch.inputs, cfg))
     if sizes.dp * micro_batches(cfg, sizes) > 1:
         plan = dataclasses.replace(plan, across_rows=op_across_rows(model, plan, batch.inputs, cfg))
@@ -286,15 +286,3 @@ def check_changed_outputs(plan: Plan, cfg: Config) -> None:
     if name := next((block for block in freed if block in plan.probe.changed_outputs), None):
         why = f"it changes the output of {name} in place, and FSDP would not gather the block's weights again for its backward"
         raise WrongModel(cfg.model.name, why, "a sum of its own, as x = x + y for x += y")
-
-
-def check_own_gradients(plan: Plan, cfg: Config) -> None:
-    """Refuse a forward that takes a gradient through a unit of FSDP, which would be over with its weights then, before backward."""
-    units = (
-        map(plan.unit_of, sorted(plan.probe.differentiated))
-        if uses_fully_shard(cfg.parallel, plan.sizes)
-        else ()
-    )
-    if unit := next(filter(None, units), None):
-        why = f"it takes a gradient through {unit} in its forward, which fully_shard would take for the backward, and not sum that of {unit}"
-        raise WrongModel(cfg.model.name, why, f"parallel=ddp, or blocks without {unit}")

@@ -24,7 +24,8 @@ from tpresearch.config.schema import ParallelConfig
 from tpresearch.parallel.mesh import data_rank
 from tpresearch.parallel.weights import seed_of
 from tpresearch.plan.compiler import Plan, unit_of
-from tpresearch.plan.probe import PYTHON, elements_of
+from tpresearch.plan.meta import elements_of
+from tpresearch.plan.probe import PYTHON
 from tpresearch.train.observe import Observer
 from tpresearch.train.state import TrainState
 
