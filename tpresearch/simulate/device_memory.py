@@ -87,6 +87,20 @@ class DeviceMemory(MemoryLedger):
         return tuple(found)
 
 
+class KeptInput(torch.autograd.Function):
+    """The output of a single kernel, which keeps its input for backward: op by op, one in bfloat16 is let go once there is a wider
+    copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, given: Tensor) -> Tensor:
+        ctx.save_for_backward(given)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
+        return gradient, None
+
+
 BETWEEN = "between"
 """Prefix of the time between two moments, whose peak does not matter."""
 

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from tpresearch.ledger.communication import CommunicationLedger
-from tpresearch.simulate.device_memory import DeviceMemory, note_propagation, propagating
+from tpresearch.parallel.weights import local_part
+from tpresearch.simulate.device_memory import DeviceMemory, KeptInput, note_propagation, propagating
 from tpresearch.simulate.prices import ADDING_MATMUL, COMPILED_ADAMW, PLAIN_ADAMW
 from tpresearch.simulate.trace import Op, Touched
 
@@ -106,13 +107,13 @@ class Recorder(CommunicationLedger):
     def _leave(self, *outputs: Tensor) -> None:
         assert self._running is not None
         for output in outputs:
-            self._memory.include(_local(output))
+            self._memory.include(local_part(output))
         self._spans[self._running] = (self._spans[self._running][0], _sequence())
         self._running = None
 
     def _leave_module(self, _: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
         self._leave(output)
-        return _KeptInput.apply(output, _local(given[0]).detach())
+        return KeptInput.apply(output, local_part(given[0]))
 
     def as_one_kernel(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that runs op by op, of which a compiler makes one kernel: it holds its outputs alone."""
@@ -231,24 +232,6 @@ def _kind_and_shape(
     if "scaled_dot_product" in name:
         return "attention", _attention_shape(args, backward="backward" in name)
     return "optimizer" if name.startswith(("_fused_adam", "adamw_")) else "other", ()
-
-
-class _KeptInput(torch.autograd.Function):
-    """The output of a single kernel, which keeps its input for backward: op by op, one in bfloat16 is let go once there is a wider
-    copy of it."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, given: Tensor) -> Tensor:
-        ctx.save_for_backward(given)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
-        return gradient, None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _launches(func: Any, name: str) -> bool:
