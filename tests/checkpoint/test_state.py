@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -28,8 +28,21 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from tpresearch.checkpoint.disk import BrokenCheckpoint, folder_of, read_checkpoint, sync_and_checksum
-from tpresearch.checkpoint.load import _MetadataUnpickler, check_initial_weights, read_tensors, tensors_of
+from tpresearch.checkpoint import load
+from tpresearch.checkpoint.disk import (
+    BrokenCheckpoint,
+    WrittenFile,
+    folder_of,
+    read_checkpoint,
+    sync_and_checksum,
+)
+from tpresearch.checkpoint.load import (
+    _MetadataUnpickler,
+    check_initial_weights,
+    read_tensors,
+    tensors_of,
+    verify,
+)
 from tpresearch.checkpoint.save import check_finite
 from tpresearch.checkpoint.state import make_destination
 from tpresearch.config import Config, ConfigError
@@ -303,6 +316,20 @@ def test_a_file_that_has_changed_is_not_loaded_nor_tensors_of_another_shape(
     )
     with pytest.raises(ConfigError, match=said):
         alone(config("parallel=none", "model=toy_mlp", f"init_from={saved}"), 0)
+
+
+def test_of_several_ranks_each_verifies_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = read_checkpoint(save(tmp_path, 3))
+    files = {f"__{rank}_0.distcp": WrittenFile(rank, 0) for rank in range(7)}
+    read: list[str] = []
+    monkeypatch.setattr(load, "find_damage", lambda _, some: read.extend(name for name, _ in some))
+    monkeypatch.setattr(load, "on_all_ranks", lambda do, group: do())
+    for size in (1, 3, 9):
+        read.clear()
+        for rank in range(size):
+            group: Any = Mock(rank=Mock(return_value=rank), size=Mock(return_value=size))
+            verify(replace(saved, manifest=replace(saved.manifest, files=files)), group)
+        assert sorted(read) == sorted(files)
 
 
 def test_what_a_checkpoint_lacks_is_absent_whatever_was_read_of_a_damaged_one_before() -> None:
