@@ -208,7 +208,11 @@ BILLION = "a0: &a0 [1]\n" + "".join(f"a{n + 1}: &a{n + 1} [{','.join([f'*a{n}'] 
         ),
         ("ledger.json", '{"measured": [{"axis": "tp"}]}', "ledger.json is not a valid run ledger"),
         ("ledger.json", '{"measured": 3}', "ledger.json is not a valid run ledger: measured is 3"),
-        ("summary.json", "[" * 20_000, "summary.json cannot be read: nested more than 50 deep"),
+        (
+            "summary.json",
+            "[" * 20_000 + "]" * 20_000,
+            "summary.json cannot be read: nested more than 50 deep",
+        ),
         ("summary.json", "[" * 60 + "]" * 60, "summary.json cannot be read: nested more than 50 deep"),
         (
             "summary.json",

@@ -150,6 +150,8 @@ def _unreadable(where: object, error: Exception, bytes_before: int = 0) -> Confi
     legal = "UTF-8 text"
     if isinstance(error, json.JSONDecodeError):
         why, legal = f"not JSON: {error}", "one JSON object per line"
+    elif isinstance(error, RecursionError):
+        why, legal = "JSON nested too deep to be read", "one JSON object per line"
     elif isinstance(error, UnicodeDecodeError) and (packed := PACKED.search(str(where))):
         why, legal = f"compressed as {packed[1]}", "an unpacked file, or a .gz with data=jsonl"
     elif isinstance(error, UnicodeDecodeError):
