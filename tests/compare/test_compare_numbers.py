@@ -302,6 +302,21 @@ def test_the_best_held_out_loss_is_one_among_those_of_as_many_rows(rows: int, be
     assert marked == [[False, best[0]], [True, best[1]]]
 
 
+@pytest.mark.parametrize(("rows", "told"), [(96, False), (1008, True), (None, False)])
+def test_held_out_losses_of_other_numbers_of_rows_are_told(
+    tmp_path: Path, rows: int | None, told: bool
+) -> None:
+    """Where the plan tells the runs apart, nothing else in a chart says that the losses are not one quantity."""
+    groups = groups_of(tmp_path, Made(), Made("tp", {"tp": 2}), Made("fsdp", {"dp_shard": 2}))
+    for group, of in zip(groups, (96, rows, 96), strict=True):
+        group.first.summary["held_out_rows"] = of
+        group.first.rows[-1]["val/loss"] = 3.0
+    said = ["Held-out losses are of different numbers of rows: 96 (none, fsdp), 1,008 (tp)."] * told
+    assert (curves(groups, "val/loss").notes, curves(groups, LOSS).notes) == (said, [])
+    runs = [group.first for group in groups]
+    assert Report(runs, groups, comparisons_of(groups), [], []).notes == said
+
+
 def test_the_baseline_is_the_run_with_no_plan_or_the_one_that_is_asked_for(tmp_path: Path) -> None:
     alone = Made("fsdp", {"dp_shard": 1})
     groups = groups_of(tmp_path, Made("tp", {"tp": 4}), Made("tp", {"tp": 2}), alone, Made())

@@ -18,6 +18,7 @@ from tpresearch.compare.runs import Run
 from tpresearch.track.panels import Panel
 from tpresearch.track.table import SEED
 
+HELD_OUT = "val/loss"
 BATCH = "train.global_batch_size"
 MAX_POINTS = 1000
 """Per curve: about as many as a screen has columns."""
@@ -50,9 +51,21 @@ def curves(groups: Sequence[Group], metric: str) -> PanelData:
     points = points.groupby(buckets, sort=False).tail(1)
     if "low" in points:
         notes.append("The band is one standard deviation over seeds.")
+    notes += unlike_rows(groups) if metric == HELD_OUT else []
     early = [group.label for group in groups if not any(run.rows for run in group.runs)]
     notes += [f"Ended before the first row: {', '.join(early)}."] if early else []
     return PanelData(points, notes)
+
+
+def unlike_rows(groups: Sequence[Group]) -> list[str]:
+    """One sentence if the held-out losses are of different numbers of rows, and so are not one quantity."""
+    of: dict[int, list[str]] = {}
+    for group in groups:
+        for rows in dict.fromkeys(run.summary.get("held_out_rows") for run in group.runs):
+            if rows:
+                of.setdefault(rows, []).append(group.label)
+    found = [f"{rows:,} ({', '.join(names)})" for rows, names in of.items()]
+    return [f"Held-out losses are of different numbers of rows: {', '.join(found)}."] if len(of) > 1 else []
 
 
 def bars(groups: Sequence[Group], key: str) -> PanelData:

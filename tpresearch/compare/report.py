@@ -16,7 +16,7 @@ from rich.text import Text
 from tpresearch.compare.charts import Spec, chart_spec, javascript, png
 from tpresearch.compare.differences import max_differences, pooled_differences, unpaired
 from tpresearch.compare.groups import Comparison, Group, differing, labels, settings_frame
-from tpresearch.compare.panel_data import panel_data
+from tpresearch.compare.panel_data import panel_data, unlike_rows
 from tpresearch.compare.runs import Run
 from tpresearch.compare.style import ChartStyle
 from tpresearch.track.panels import SECTIONS, Panel
@@ -52,7 +52,7 @@ class Report:
 
     def __post_init__(self) -> None:
         self.warnings = [f"Overlaid although {warning}" for warning in self.warnings]
-        self.notes = unpaired(self.comparisons)
+        self.notes = [*unlike_rows(self.groups), *unpaired(self.comparisons)]
         self.tables = tables(self.runs, self.groups, self.comparisons)
 
     def write(self, out: Path, arguments: Sequence[str]) -> None:
