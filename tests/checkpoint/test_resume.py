@@ -48,10 +48,10 @@ def of(cfg: Config) -> Checkpoint:
     "changed",
     [
         "parallel=fsdp_tp mesh.tp=2",
-        "model.blocks=[]",
+        "model.blocks=[] model.plans.tp.logits.dst=replicate",
         "train.micro_batch_size=2 train.log_every=5 train.eval_every=null train.eval_rows=3",
-        "logger=wandb logger.project=x name=other device=cpu data.cache_dir=/tmp/x",
-        "checkpoint.every=3 checkpoint.keep=9 train.on_nonfinite=skip",
+        "logger=wandb logger.project=x name=other device=cpu data.cache_dir=/tmp/x data.max_record_bytes=99999",
+        "checkpoint.every=3 checkpoint.keep=9 train.on_nonfinite=skip train.warmup_log_steps=3",
         "optimizer.compile=true optimizer.split_masters=true",
         "optimizer.momentum=0.5",  # which AdamW has no use for
         "train.steps=51",
