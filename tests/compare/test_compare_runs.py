@@ -25,6 +25,7 @@ from tpresearch.compare.groups import (
     last_of_each_seed,
 )
 from tpresearch.compare.runs import find_runs
+from tpresearch.config.choices import Loss, TokenizerKind
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER_SUFFIX
 from tpresearch.launch.command import WrongCommand
@@ -333,6 +334,14 @@ def refusal(
         (Made(max_tokens=99), "data.max_tokens=99: in max_tokens=99, but – in max_tokens=–", "overlay"),
         (Made(held_out_every=9), "data.held_out_every=9: in held_out_every=9, but 20", "overlay"),
         (Made(global_batch_size=8), "train.global_batch_size=8: in global_batch_size=8, but 24", "overlay"),
+        (Made(settings={"data.seq_len": 64}), "data.seq_len=64: in seq_len=64, but 128", "overlay"),
+        (Made(settings={"train.loss": Loss.sum}), "train.loss=sum: in loss=sum, but next_token", "overlay"),
+        (
+            Made(settings={"tokenizer.kind": TokenizerKind.hf}),
+            "tokenizer.kind=hf: in kind=hf, but bpe",
+            "overlay",
+        ),
+        (Made(settings={"tokenizer.path": "x"}), "tokenizer.path=x: in path=x, but – in path=–", "overlay"),
         (Made(seed=7), "train.seed=7: in seed=7, but 0 in seed=0", "seeds"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +50,8 @@ class Made:
     vocab_size: int = 4096
     max_tokens: int | None = None
     held_out_every: int = 20
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """More of them: `data.seq_len`."""
     name: str | None = None
     steps: int = 12
     budget: int = 100
@@ -81,6 +83,9 @@ class Made:
         cfg.data.max_tokens, cfg.data.held_out_every = self.max_tokens, self.held_out_every
         cfg.train.dtype, cfg.defects.keep_gradients = self.dtype, self.keep_gradients
         cfg.train.steps = self.budget
+        for key, value in self.settings.items():
+            section, _, name = key.partition(".")
+            setattr(getattr(cfg, section), name, value)
         cfg.logger.wandb, cfg.logger.name = False, self.name
         return cfg
 
