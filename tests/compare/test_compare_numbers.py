@@ -510,7 +510,8 @@ def test_predictions_have_no_losses_to_compare(tmp_path: Path) -> None:
 
 def test_another_dtype_or_a_mistake_is_seen_beside_the_same_science(tmp_path: Path) -> None:
     groups = groups_of(tmp_path, Made(), Made("tp", {"tp": 2}), Made("fsdp", {"dp_shard": 2}))
-    groups[1].first.config["train"]["dtype"] = "bfloat16"
+    rounding = {"dtype": "bfloat16", "weights": "bfloat16", "float8": "rowwise", "loss_chunk": 7}
+    groups[1].first.config["train"].update(rounding)
     groups[2].first.config["defects"]["keep_gradients"] = True
     assert [len(comparison.groups) for comparison in comparisons_of(groups)] == [3]
 
