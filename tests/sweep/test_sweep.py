@@ -495,7 +495,10 @@ def test_under_nohup_a_sweep_outlives_its_terminal() -> None:
 
 def test_a_signature_is_of_what_is_computed() -> None:
     one = as_dict(composed.config("parallel=tp"))
-    same = as_dict(composed.config("parallel=tp", "name=x", "logger=wandb", "data.cache_dir=/y"))
+    words = "name=x", "logger=wandb", "world_size=2", "checkpoint.every=3", "resume=never"
+    files = "data.cache_dir=/y", "data.max_record_bytes=99999"
+    same = as_dict(composed.config("parallel=tp", *words, *files))
+    same |= {"verify": {"steps": 9}, "gpus": 8, "trace": "steps.json"}
     other = as_dict(composed.config("parallel=tp", "train.seed=1"))
     assert signature(one, 2) == signature(same, 2) != signature(one, 4)
     assert signature(one, 2) != signature(other, 2)
