@@ -69,6 +69,22 @@ def test_a_line_that_mixes_dtypes_is_named_whatever_the_plan() -> None:
         product(torch.zeros(2, 16))
 
 
+NARROW = {
+    "frequencies": torch.fft.rfft,
+    "rotations": lambda x: torch.linalg.qr(x)[0],
+    "inverse": torch.linalg.inv,
+    "complex": torch.view_as_complex,
+    "angles": lambda x: torch.polar(x, x),
+}
+
+
+@pytest.mark.parametrize("op", NARROW)
+def test_an_op_that_torch_lacks_in_bfloat16_is_named(op: str) -> None:
+    at = rf"model=mine: it ends at {__file__}, line \d+: .*BFloat16.*; train.dtype=float32, or a forward"
+    with pytest.raises(WrongModel, match=at), refusing_shapes("mine", plan("parallel=fsdp")):
+        NARROW[op](torch.zeros(2, 2, dtype=torch.bfloat16))
+
+
 class InPlace(ToyLM):
     def forward(self, tokens: Tensor, head: object = None) -> Tensor:
         x = self.mlp(self.embed(tokens))

@@ -36,10 +36,15 @@ DTYPES = "same dtype|match weight dtype|scalar type|type .* should be the same"
 """Of those where the dtypes of tensors do not."""
 
 
+NO_KERNEL = r"(Unsupported dtype|not implemented for|not supported|only supported for|Expected both inputs to be).*BFloat16"
+"""Of ops that torch lacks in bfloat16, as Fourier transforms and decompositions of matrices."""
+
+
 @contextmanager
 def refusing_shapes(model: str, plan: Plan) -> Iterator[None]:
     """Context in which a model is trained under its sharding rules. It ran whole before, on the meta device and in float32: where
-    sizes do not fit here, the rules or what the forward takes for granted are the cause, and where dtypes do not, train.dtype is.
+    sizes do not fit here, the rules or what the forward takes for granted are the cause, and where dtypes do not, or have no kernel,
+    train.dtype is.
 
     Raises:
         WrongModel: with the line of its code.
@@ -47,7 +52,12 @@ def refusing_shapes(model: str, plan: Plan) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        if re.search(DTYPES, str(error)) and (place := place_of(error)) != NO_PLACE:
+        place = place_of(error)
+        if place != NO_PLACE and re.search(NO_KERNEL, one_line(error)):
+            log.exception("torch's error", extra=IN_FILES_ONLY)
+            legal = "train.dtype=float32, or a forward that computes this op on numbers in float32, as x.float() is"
+            raise WrongModel(model, f"it ends at {place}: {one_line(error)}", legal) from None
+        if place != NO_PLACE and re.search(DTYPES, str(error)):
             log.exception("torch's error", extra=IN_FILES_ONLY)
             legal = "a forward that mixes no dtypes: with train.dtype=bfloat16 weights are bfloat16 in it, and buffers what they were"
             raise WrongModel(model, f"it ends at {place}: {one_line(error)}", legal) from None
