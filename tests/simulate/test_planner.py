@@ -12,7 +12,7 @@ import yaml
 from support.composed import config
 from support.marks import exhaustive
 from support.nets import model
-from support.odd_nets import Asking
+from support.odd_nets import Asking, InPlace
 from tqdm import tqdm
 
 from tpresearch.config.axes import MeshSizes
@@ -303,6 +303,18 @@ def test_a_model_that_cannot_be_recorded_is_refused_by_a_worker_too(ranks: Ranks
     with pytest.raises(ConfigError, match="depends on the values of data") as refused:
         rank(cfg, 2, cluster(), workers=2)
     assert isinstance(refused.value, WrongModel)
+
+
+def test_what_some_plans_cannot_do_with_a_model_leaves_the_others() -> None:
+    cfg = config(*model(InPlace), "train.global_batch_size=4")
+    found = rank(cfg, 2, cluster())
+    assert {one.candidate.sizes.tp for one in found.fits} == {1}
+    kinds = {str(one.candidate.cfg.parallel.activation_checkpointing) for one in found.fits}
+    assert kinds == {"none", "full"}
+    why = {one.why for one in found.refused if one.error}
+    assert any("changes in place the output of a matmul" in one for one in why)
+    assert any("on a rank's shards ends at" in one for one in why)
+    assert found.count == len(found.fits) + len(found.refused)
 
 
 def test_devices_that_would_hold_a_model_are_those_of_the_cluster() -> None:

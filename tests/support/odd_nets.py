@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import weight_norm as weight_norm_by_hook
 from torch.nn.utils.parametrizations import weight_norm
 
-from tpresearch.models.toy_mlp import ToyLM
+from tpresearch.models.toy_mlp import ToyLM, ToyMLP
 
 
 class Hooked(ToyLM):
@@ -44,6 +44,21 @@ class NormalizedByHook(ToyLM):
     def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
         super().__init__(vocab_size, dim, hidden_dim)
         weight_norm_by_hook(self.output)
+
+
+class InPlaceMLP(ToyMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.in_proj(x)
+        hidden /= 8
+        return self.out_proj(hidden.relu())
+
+
+class InPlace(ToyLM):
+    """Which selective checkpointing and tensor parallelism refuse, and no other plan."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.mlp = InPlaceMLP(dim, hidden_dim, dim)
 
 
 class Counts(nn.Module):

@@ -62,6 +62,8 @@ class Rejected:
     overrides: str
     why: str
     is_valid: bool = False
+    error: ConfigError | None = None
+    """With which its step ends, where that is what it is not simulated for."""
 
 
 def candidate_plans(cfg: Config, gpus: int, cluster: Cluster) -> Iterator[Candidate | Rejected]:

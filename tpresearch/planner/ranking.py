@@ -31,6 +31,7 @@ from tpresearch.train.cross_entropy import chunk_count
 from tpresearch.train.preflight import plan_model
 
 Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
 
 DOUBLINGS = 10
 """How often the number of devices is doubled in search of one that holds a model."""
@@ -82,23 +83,29 @@ def rank(cfg: Config, gpus: int, cluster: Cluster, workers: int = 1) -> Ranking:
         workers: processes that share the plans.
     """
     every = list(candidate_plans(cfg, gpus, cluster))
-    ranking = Ranking(refused=[one for one in every if isinstance(one, Rejected)])
+    left_out = [one for one in every if isinstance(one, Rejected)]
     legal = [one for one in every if isinstance(one, Candidate)]
     if not legal:
-        return ranking
+        return Ranking(refused=left_out)
     known = recording(legal[0].cfg, legal[0].sizes)
     possible, refused = _possible(legal, known, cluster)
-    ranking.refused += refused
+    left_out += refused
+    ranking = Ranking(refused=left_out)
     alike: dict[tuple[object, ...], list[Candidate]] = {}
     for family in possible:
         alike.setdefault(_block_of(family), []).append(family)
     for check in (False, True):
         predict_group = partial(_predict_alike, known=known, cluster=cluster, check=check)
         every_group = _predict_all(predict_group, [*alike.values()], workers)
-        found = [one for group in every_group for one in group]
+        outcomes = [one for group in every_group for one in group]
+        found = [one for one in outcomes if isinstance(one, RankedCandidate)]
+        cannot_run = [one for one in outcomes if isinstance(one, Rejected)]
+        if not found and cannot_run and cannot_run[0].error:  # whatever the plan
+            raise cannot_run[0].error
         ranking.fits = sorted((one for one in found if one.prediction.fits), key=lambda one: -one.speed)
         others = (one for one in found if not one.prediction.fits)
         ranking.too_large = sorted(others, key=lambda one: one.prediction.peak_bytes)
+        ranking.refused = [*left_out, *cannot_run]
         if check or not ranking.fits or _holds(ranking.fits[0], known, cluster):
             break
     if not ranking.fits:
@@ -148,8 +155,8 @@ def _enough(cfg: Config, gpus: int, cluster: Cluster, known: Recording) -> int |
 
 
 def _predict_all(
-    predict: Callable[[Item], list[RankedCandidate]], items: Sequence[Item], workers: int
-) -> list[list[RankedCandidate]]:
+    predict: Callable[[Item], list[Outcome]], items: Sequence[Item], workers: int
+) -> list[list[Outcome]]:
     """The predictions, in the order of the items. Workers are forked from a process that has only imported torch; a killed
     one is an error, where `multiprocessing.Pool` would wait forever."""
     if workers == 1:
@@ -180,12 +187,18 @@ def _block_of(family: Candidate) -> tuple[object, ...]:
 
 def _predict_alike(
     families: Sequence[Candidate], known: Recording, cluster: Cluster, check: bool = False
-) -> list[RankedCandidate]:
-    """Predictions of plans that are one to `_block_of`, whose block is compiled once."""
+) -> list[RankedCandidate | Rejected]:
+    """Predictions of plans that are one to `_block_of`, whose block is compiled once; or why its step is refused, as of blocks that change
+    in place what one kind of checkpointing keeps."""
     first = replace(known, cfg=families[0].cfg, sizes=families[0].sizes)
     alike = replace(known, compiler=lambda *_: first.block)
-    every = [_predict_each_micro_batch(family, alike, cluster, check) for family in families]
-    return [found for each in every for found in each]
+    found: list[RankedCandidate | Rejected] = []
+    for family in families:
+        try:
+            found += _predict_each_micro_batch(family, alike, cluster, check)
+        except ConfigError as error:
+            found.append(Rejected(family.overrides, _reason(error), error=error))
+    return found
 
 
 def _predict_each_micro_batch(
@@ -218,11 +231,15 @@ def _objection(candidate: Candidate, known: Recording, cluster: Cluster) -> tupl
     try:
         held = _minimum_memory(candidate, known)
     except ConfigError as error:
-        return f"{error.field}={format_value(error.value)}: {error.why}", False
+        return _reason(error), False
     room_gb = cluster["memory_gb"] - cluster["memory_reserved_gb"]
     if held <= room_gb * 1e9:
         return None
     return f"weights, gradients and optimizer state alone are {held / 1e9:.0f} of {room_gb:.0f} GB", True
+
+
+def _reason(error: ConfigError) -> str:
+    return f"{error.field}={format_value(error.value)}: {error.why}"
 
 
 def _minimum_memory(candidate: Candidate, known: Recording) -> int:
