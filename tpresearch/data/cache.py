@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -15,9 +15,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, SoftFileLock, Timeout
-
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.locks import lock
 
 log = logging.getLogger(__name__)
 
@@ -85,24 +84,19 @@ def _wait_for_leader(folder: Path, check: Callable[[], None]) -> None:
 @contextmanager
 def _locked(folder: Path, check: Callable[[], None]) -> Iterator[None]:
     """Hold the folder's lock; a process that waits for it logs which one holds it."""
-    lock = FileLock(_lock_path(folder))
-    for seconds in itertools.count():
+    path = _lock_path(folder)
+    logged_at = time.monotonic() + LOG_WAIT_AFTER_S
+    with path.open("a") as file:
         check()
-        try:
-            held = lock.acquire(timeout=1)
-        except Timeout:
-            if seconds == LOG_WAIT_AFTER_S:
+        while not lock(file):
+            if time.monotonic() >= logged_at:
                 builders = [path.name.split(".")[-2] for path in folder.parent.glob(f".{folder.name}.*.tmp")]
                 who = f"process {builders[0]}" if len(builders) == 1 else "another process"
-                log.info("waiting for %s, which %s holds: it prepares the same data", lock.lock_file, who)
-            continue
-        with held:
-            if isinstance(
-                lock, SoftFileLock
-            ):  # which it becomes where there are none: a killed process would leave it locked
-                raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-            yield
-        return
+                log.info("waiting for %s, which %s holds: it prepares the same data", path, who)
+                logged_at = math.inf
+            time.sleep(POLL_S)
+            check()
+        yield
 
 
 def _read_usable(folder: Path, remove_damaged: bool = False) -> Meta | None:
@@ -198,7 +192,8 @@ def _remove_leftovers(folder: Path) -> None:
     for leftover in folder.parent.glob(".*.tmp"):
         owner = folder.with_name(leftover.name[1:].rsplit(".", 2)[0])
         try:
-            with nullcontext() if owner == folder else FileLock(_lock_path(owner), timeout=0):
-                shutil.rmtree(leftover, ignore_errors=True)
-        except (Timeout, PermissionError):  # still being built, or another user's
+            with nullcontext() if owner == folder else _lock_path(owner).open("a") as file:
+                if file is None or lock(file):  # not still being built
+                    shutil.rmtree(leftover, ignore_errors=True)
+        except PermissionError:  # another user's
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
 import os
 import sys
@@ -14,6 +13,7 @@ from typing import IO
 
 from tpresearch.checkpoint.disk import step_folders
 from tpresearch.config.errors import ConfigError, Fix
+from tpresearch.config.locks import lock
 
 EARLIER_SUFFIX = ".earlier-"
 """Suffix of a folder in which an earlier record was set aside, before its number."""
@@ -29,8 +29,6 @@ RUN_FILES = (
     *RECORD_FOLDERS,
 )
 """Patterns of all files that a run leaves in its folder. Any others are the user's and stay."""
-WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""Errors of file systems that have none, such as Lustre's default, and NFS where its lock service does not run."""
 POLL_S = 0.05
 RUN_MARKERS = (".hydra", "metrics.jsonl", "summary.json")
 """A folder without any of these was never a run's."""
@@ -61,14 +59,11 @@ def lock_folder(
 
 
 def _lock(file: IO[str]) -> bool:
-    """Lock an open file until it is closed, unless another process has it. On a file system without locks nothing can be locked: it is
-    not for filelock, which leaves a file there that outlives a process that is killed."""
+    """`lock`; on a file system without locks nobody has any, since a file in their place would outlive a process that is killed."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
+        return lock(file)
     except OSError as error:
-        if error.errno not in WITHOUT_LOCKS:
+        if error.errno != errno.ENOLCK:
             raise
     return True
 
