@@ -146,8 +146,8 @@ def tables(
         texts = {key: pooled[key].map("{:.1e}".format if key in POOLED else str) for key in map(str, pooled)}
         shown[ROUNDING] = Table.of_columns({POOLED.get(key, key): list(texts[key]) for key in texts})
     unlike = differing(runs)
-    by_run = zip(names, unlike.itertuples(index=False, name=None), strict=True)
-    shown[DIFFERENCES] = Table.of_columns({"setting": list(map(str, unlike)), **dict(by_run)})
+    by_run = {name: [unlike[key].iloc[at] for key in unlike] for at, name in enumerate(names)}
+    shown[DIFFERENCES] = Table.of_columns({"setting": list(map(str, unlike)), **by_run})
     statuses = [": ".join(filter(None, (run.summary["status"], run.summary.get("error")))) for run in runs]
     folders = [path_text(run.folder) for run in runs]
     shown[FOLDERS] = Table.of_columns({"run": names, "folder": folders, "status": statuses})
